@@ -1,0 +1,1 @@
+"""Ray: gangs of actors, supervision and restart, metrics, submission."""

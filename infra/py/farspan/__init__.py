@@ -1,0 +1,78 @@
+"""Farspan: fine-tune and RL-train language models on sequences that do not fit, on Ray.
+
+The public names are imported on first use, so that `import farspan` costs nothing and a job file that names only
+`SFTJob` and its parts loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "SFTJob": "farspan.jobs.config",
+    "Model": "farspan.trainer.config",
+    "RandomModel": "farspan.trainer.config",
+    "TextData": "farspan.trainer.config",
+    "ChatData": "farspan.trainer.config",
+    "LoRA": "farspan.trainer.config",
+    "FullFineTune": "farspan.trainer.config",
+    "Parallel": "farspan.trainer.config",
+    "Optim": "farspan.trainer.config",
+    "Checkpoint": "farspan.trainer.config",
+    "Evaluate": "farspan.trainer.config",
+    "Track": "farspan.trainer.config",
+    "MemoryBudget": "farspan.memory.config",
+    "Cluster": "farspan.cluster.config",
+    "FarspanError": "farspan.errors",
+}
+
+if TYPE_CHECKING:
+    from farspan.cluster.config import Cluster
+    from farspan.errors import FarspanError
+    from farspan.jobs.config import SFTJob
+    from farspan.memory.config import MemoryBudget
+    from farspan.trainer.config import (
+        ChatData,
+        Checkpoint,
+        Evaluate,
+        FullFineTune,
+        LoRA,
+        Model,
+        Optim,
+        Parallel,
+        RandomModel,
+        TextData,
+        Track,
+    )
+
+__all__ = [
+    "SFTJob",
+    "Model",
+    "RandomModel",
+    "TextData",
+    "ChatData",
+    "LoRA",
+    "FullFineTune",
+    "Parallel",
+    "Optim",
+    "Checkpoint",
+    "Evaluate",
+    "Track",
+    "MemoryBudget",
+    "Cluster",
+    "FarspanError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'farspan' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

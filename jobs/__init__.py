@@ -1,0 +1,1 @@
+"""Job definitions, the command line, ready-made jobs."""

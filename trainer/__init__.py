@@ -1,0 +1,1 @@
+"""The SPMD core: models, sequence parallelism, data, steps, checkpoints. Knows nothing of Ray."""

@@ -1,0 +1,230 @@
+"""What the SPMD core is told: models, data, adapters, mesh, optimizer, checkpoints. Neither torch nor ray.
+
+The classes in the first half are written by users inside a job; `TrainSpec` at the end is what a job resolves to: no
+"auto" is left in it, and every rank gets the same one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from farspan.memory.config import MemoryBudget
+from farspan.schema import Count, Leading, Schema
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Model(Leading):
+    """A transformers causal language model by hub id or local folder."""
+
+    type: Literal["pretrained"] = "pretrained"
+    id: str
+    """Hub id (`Qwen/Qwen3-8B`) or a local folder with `config.json` and safetensors."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of another tokenizer than the model's own."""
+
+
+class RandomModel(Leading):
+    """A model with random weights made on the spot, of a family transformers knows."""
+
+    type: Literal["random"] = "random"
+    family: Literal["llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3", "granite", "smollm3"] = "llama"
+    hidden: int = Field(256, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(8, ge=1)
+    kv_heads: int = Field(4, ge=1)
+    ffn: int = Field(688, ge=8)
+    vocab: Count = Field(4096, ge=260)
+    """Rows of the embedding. A byte-level BPE of at most this size is trained on the data."""
+    tie_embeddings: bool = False
+    rope_theta: float = Field(500_000.0, gt=0)
+    init_seed: int = 0
+
+
+class LoRA(Schema):
+    """Low-rank adapters in peft's format. Source: Hu et al., LoRA, 2021."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    """Scale of the adapter is alpha / rank; default 2 * rank."""
+    dropout: Ratio = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter, as peft matches them."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole and stored beside the adapter (`lm_head`, `embed_tokens`)."""
+
+
+class FullFineTune(Schema):
+    """Train every parameter."""
+
+    type: Literal["full"] = "full"
+
+
+OnTooLong = Literal["error", "truncate", "split", "drop"]
+
+
+class TextData(Leading):
+    """Plain text: files, globs, jsonl, parquet, a `datasets` id, or `"stdlib"`."""
+
+    type: Literal["text"] = "text"
+    source: str | tuple[str, ...]
+    """A path, a glob, several of them, a `datasets` id, or `stdlib`: the source of the running Python's library."""
+    context: Count = Field(8192, ge=16)
+    """Rows of one pack: the longest sequence the model sees."""
+    on_too_long: OnTooLong = "error"
+    """A document longer than the context stops the job, is cut, is split into pieces, or is dropped (counted)."""
+    text_field: str = "text"
+    """Key of the text in jsonl, parquet and datasets rows."""
+    split: str = "train"
+    """Split of a `datasets` id."""
+    streaming: bool = False
+    """Read a `datasets` id as a stream instead of downloading it first."""
+    limit_documents: Count | None = Field(None, ge=1)
+    """Read at most so many documents."""
+    pack: bool = True
+    """Put several documents into one pack, boundaries kept. Off: one document a pack."""
+
+
+class ChatData(Leading):
+    """Conversations in the `messages` form; the loss is taken on assistant turns only."""
+
+    type: Literal["chat"] = "chat"
+    source: str | tuple[str, ...]
+    """A jsonl or parquet path, a glob, several of them, or a `datasets` id."""
+    context: Count = Field(8192, ge=16)
+    """Rows of one pack: the longest sequence the model sees."""
+    on_too_long: Literal["error", "truncate", "drop"] = "error"
+    """A conversation longer than the context stops the job, is cut, or is dropped (counted)."""
+    messages_field: str = "messages"
+    """Key of the list of `{"role", "content"}`."""
+    split: str = "train"
+    """Split of a `datasets` id."""
+    streaming: bool = False
+    """Read a `datasets` id as a stream instead of downloading it first."""
+    limit_documents: Count | None = Field(None, ge=1)
+    """Read at most so many conversations."""
+    pack: bool = True
+    """Put several conversations into one pack, boundaries kept. Off: one conversation a pack."""
+
+
+ModelSource = Annotated[Model | RandomModel, Field(discriminator="type")]
+DataSource = Annotated[TextData | ChatData, Field(discriminator="type")]
+Adapter = Annotated[LoRA | FullFineTune, Field(discriminator="type")]
+Precision = Literal["bf16", "fp32"]
+
+
+class Parallel(Schema):
+    """How many ranks, and what they share."""
+
+    sp: int | Literal["auto"] = "auto"
+    """SP degree: ranks that share one sequence (Ulysses). `auto`: all ranks of the machine that the heads allow."""
+    dp: int | Literal["auto"] = "auto"
+    """Groups of `sp` ranks that train on different sequences. `auto`: what is left after sp."""
+    zero: Literal[0, 1, 2, 3, "auto"] = "auto"
+    """DeepSpeed ZeRO stage over the joined dp x sp group. 0: nothing is sharded, plain fused AdamW."""
+    cpu_offload: bool = False
+    """Keep optimizer states in host memory and update there (DeepSpeed CPU Adam; needs ZeRO >= 1)."""
+
+
+class Optim(Schema):
+    """Optimizer, schedule and the size of a step."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    steps: int = Field(100, ge=1)
+    """Optimizer steps of the whole job."""
+    tokens_per_step: Count | Literal["auto"] = "auto"
+    """Global tokens of one optimizer step: a multiple of context x dp. `auto`: one pack per dp group."""
+    warmup_steps: int | Literal["auto"] = "auto"
+    """Linear warm-up. `auto`: 3 % of the steps, at least one."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to the floor, or stable then linear decay (WSD), or flat."""
+    min_lr_ratio: Ratio = 0.1
+    """The floor of the schedule as a share of lr."""
+    decay_share: Ratio = 0.2
+    """WSD: share of all steps spent decaying."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only (no norms, no biases)."""
+    beta1: Ratio = 0.9
+    beta2: Ratio = 0.95
+    eps: float = Field(1e-8, gt=0)
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Global gradient norm is clipped to this; null: never."""
+    seed: int = 0
+    """Order of the data, dropout, adapter initialisation."""
+
+
+class Checkpoint(Schema):
+    """When a checkpoint is written and how many stay."""
+
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints; null: only at the end."""
+    keep: int = Field(2, ge=1)
+    """Complete checkpoints that stay on disk; older ones are deleted after a newer one is complete."""
+    export: bool = True
+    """Write an HF / PEFT folder into each checkpoint, reopened and compared before it counts."""
+
+
+class Evaluate(Schema):
+    """Held-out loss during training."""
+
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations; null: at the end only."""
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of documents held out, chosen by a hash of their text. 0: no validation."""
+    max_tokens: Count = Field(131072, ge=1)
+    """Tokens of one evaluation at most."""
+
+
+class Track(Schema):
+    """Where metrics go, besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb: str | None = None
+    """W&B project (needs `farspan[wandb]`)."""
+    mlflow: str | None = None
+    """MLflow experiment (needs `farspan[mlflow]`)."""
+
+
+class Mesh(Schema):
+    """Ranks as a grid: rank = dp_index * sp + sp_index."""
+
+    dp: int = Field(1, ge=1)
+    sp: int = Field(1, ge=1)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.sp
+
+
+class TrainSpec(Schema):
+    """All the SPMD core needs to train, identical on every rank. No "auto" is left."""
+
+    run_dir: str
+    """Run folder, on storage every rank reaches."""
+    tokens_dir: str
+    """Folder of the token store written by `farspan.trainer.data.prepare`."""
+    model: ModelSource
+    data: DataSource
+    adapter: Adapter
+    precision: Precision
+    mesh: Mesh
+    zero: Literal[0, 1, 2, 3]
+    cpu_offload: bool
+    accumulation: int = Field(ge=1)
+    """Micro-batches (packs) per dp group in one optimizer step."""
+    warmup_steps: int = Field(ge=0)
+    optim: Optim
+    memory: MemoryBudget
+    checkpoint: Checkpoint
+    evaluate: Evaluate
+    track: Track
+    attempt: int = 1
+    """1 at first, plus one for each restart; names the log folder."""
+    planned_step_s: float | None = None
+    """Expected seconds of a step, for the watchdog; null until it is known."""

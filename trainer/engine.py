@@ -1,0 +1,71 @@
+"""An engine owns gradients and optimizer of the trainable parameters: plain fused AdamW, or DeepSpeed ZeRO.
+
+The contract every engine keeps, at every ZeRO stage:
+
+- `backward(loss)`: `loss` is this rank's *sum* of token losses divided by the trained tokens of the whole step (all
+  ranks, all micro-batches). After the last backward of a step the gradient is the *sum* over ranks and micro-batches,
+  which is the gradient of the mean loss over all trained tokens.
+- masters and moments are fp32 whatever the compute dtype; a parameter in bf16 is the rounded master after `step`.
+- `fragments()` names every piece of optimizer state this rank owns by parameter name and offset, in place: a
+  checkpoint reads and writes through them, whatever mesh or stage wrote it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one flattened state tensor, living in this rank's memory."""
+
+    name: str
+    """Parameter name as in `model.named_parameters()` of the HF or peft model."""
+    kind: str
+    """`master` (fp32 weight), `exp_avg` or `exp_avg_sq`."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    offset: int
+    """First element of this piece in the flattened parameter."""
+    tensor: Tensor
+    """fp32 [numel of the piece], a view of live state: writing it restores the optimizer."""
+
+
+class Engine(ABC):
+    """See the module text for the contract."""
+
+    module: nn.Module
+    """What the loop calls to get the loss; hooks of the engine fire inside."""
+    trainable: dict[str, nn.Parameter]
+    """Trainable parameters by their HF or peft name."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Back-propagate one micro-batch; `last` closes the accumulation of this optimizer step."""
+
+    @abstractmethod
+    def step(self, *, lr: float, clip_norm: float | None) -> float:
+        """Reduce, clip, update, zero. Returns the global gradient norm before clipping."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """State this rank owns. Over all ranks every element of every trainable parameter appears exactly once."""
+
+    @abstractmethod
+    def restored(self, *, step: int) -> None:
+        """Fragments were overwritten with the state after optimizer step `step`: refresh weights and counters."""
+
+    @abstractmethod
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """fp32 gradients of the step, whole, by name; call after the last backward and before `step`. Collective."""
+
+    def close(self) -> None:  # noqa: B027  an engine without hooks has nothing to release
+        """Release hooks, buffers and threads."""
