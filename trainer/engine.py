@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from farspan.trainer.config import Optim, Precision
+    from farspan.trainer.parallel.mesh import RankGrid
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -69,3 +72,28 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027  an engine without hooks has nothing to release
         """Release hooks, buffers and threads."""
+
+
+def make_engine(
+    module: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    optim: Optim,
+    grid: RankGrid,
+    *,
+    zero: Literal[0, 1, 2, 3],
+    precision: Precision,
+    cpu_offload: bool = False,
+) -> Engine:
+    """Plain fused AdamW when nothing is sharded, DeepSpeed ZeRO otherwise."""
+    if zero == 0:
+        from farspan.trainer.engine_plain import PlainEngine
+
+        return PlainEngine(module, trainable, optim, grid.device)
+    from farspan.trainer.engine_deepspeed import DeepSpeedEngine
+    from farspan.trainer.tiling import gather_tiled_whole
+
+    if zero == 3:
+        gather_tiled_whole(module)
+    return DeepSpeedEngine(
+        module, trainable, optim, grid.device, stage=zero, precision=precision, cpu_offload=cpu_offload
+    )

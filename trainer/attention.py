@@ -1,0 +1,90 @@
+"""How attention enters an unmodified transformers model: one registration, composed as Ulysses(kernel).
+
+Every attention layer of transformers looks its function up by the model's `attn_implementation`. Ours is registered as
+`farspan`; what it must know of the pack (document lengths, the sp group) travels in the model's keyword arguments as
+one `PackedSequence`. A model that does not hand its keyword arguments down is refused at its first forward, since
+documents would otherwise see each other without any error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from farspan.errors import JobError
+from farspan.kernels.attention import causal_attention
+from farspan.trainer.parallel.ulysses import Ulysses
+
+NAME = "farspan"
+KEYWORD = "packed_sequence"
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """What attention knows of one pack, the same on every rank of its sp group."""
+
+    lengths: tuple[int, ...]
+    """Rows of each document of the whole pack, padding at the end counted as a document."""
+    ulysses: Ulysses | None = None
+    """Exchange between rows and heads; None when the pack is not spread."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packed_sequence: PackedSequence | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' `AttentionInterface`.
+
+    Args:
+        query: [B, H, s, D], this rank's rows.
+        key, value: [B, K, s, D], KV heads not repeated.
+
+    Returns:
+        [B, s, H, D], and None for the weights, which are never formed.
+
+    Raises:
+        JobError: the model asks for something this attention does not compute.
+    """
+    if packed_sequence is None:
+        raise _unsupported(module, "does not hand its keyword arguments to its attention layers")
+    if attention_mask is not None:
+        raise _unsupported(module, "builds its own attention mask")
+    if dropout or softcap is not None or s_aux is not None:
+        asked = "attention dropout" if dropout else "a soft cap" if softcap is not None else "attention sinks"
+        raise _unsupported(module, f"asks for {asked}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads, kv_heads = query.shape[1], key.shape[1]
+    ulysses, lengths = packed_sequence.ulysses, packed_sequence.lengths
+    if ulysses is None:
+        out = causal_attention(query, key, value, lengths=lengths, scale=scale, window=sliding_window)
+    else:
+        query, key, value = ulysses.to_heads(query, key, value)
+        out = causal_attention(query, key, value, lengths=lengths, scale=scale, window=sliding_window)
+        out = ulysses.to_rows(out, heads, kv_heads)
+    return out.transpose(1, 2), None
+
+
+def _unsupported(module: nn.Module, what: str) -> JobError:
+    return JobError(
+        f"this model's attention cannot be run: {type(module).__name__} {what}",
+        at="model",
+        why="Farspan attention is causal, exact and per document; anything else would change the result silently",
+        try_="use a model whose decoder is plain causal attention (Llama, Qwen, Mistral, OLMo, Phi-3, SmolLM3, ...)",
+    )
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,263 @@
+"""Models: made on the spot or loaded, and every technique applied to them from outside, in one place and one order.
+
+The model code is transformers' own and stays as it is. A model made on the spot is written once as an ordinary HF
+folder (`<run>/base_model`) and then loaded like any other, so there is one loading path: safetensors straight to the
+rank's device, or to its ZeRO-3 shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+from farspan.errors import JobError
+from farspan.memory.config import MemoryBudget
+from farspan.trainer import attention
+from farspan.trainer.attention import PackedSequence
+from farspan.trainer.config import FullFineTune, LoRA, Model, Precision, RandomModel, TrainSpec
+from farspan.trainer.loss import LossHead
+from farspan.trainer.run_folder import RunFolder
+from farspan.trainer.tiling import tile_mlp
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def random_config(model: RandomModel, *, context: int, eos_id: int | None, pad_id: int | None) -> Any:
+    """transformers configuration of a model made on the spot."""
+    return AutoConfig.for_model(
+        model.family,
+        hidden_size=model.hidden,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.hidden // model.heads,
+        intermediate_size=model.ffn,
+        vocab_size=model.vocab,
+        max_position_embeddings=context,
+        tie_word_embeddings=model.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+
+
+def write_random_model(
+    model: RandomModel, folder: Path, *, precision: Precision, context: int, eos_id: int | None, pad_id: int | None
+) -> None:
+    """Initialise the weights (fp32, seeded, the family's own initialiser) and save them as an HF folder."""
+    config = random_config(model, context=context, eos_id=eos_id, pad_id=pad_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(model.init_seed)
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made.generation_config = GenerationConfig(eos_token_id=eos_id, pad_token_id=pad_id)
+    beside = folder.with_name(f".{folder.name}.tmp")
+    with _quiet_transformers():
+        made.to(DTYPES[precision]).save_pretrained(beside)
+    beside.rename(folder)
+
+
+def load_model(source: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a causal language model with Farspan's attention; under ZeRO-3 (see `zero3`) each rank keeps its shard."""
+    placed: dict[str, Any] = {} if _zero3_active() else {"device_map": {"": device}}
+    with _quiet_transformers():
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=dtype, attn_implementation=attention.NAME, **placed
+            )
+        except (OSError, ValueError) as error:
+            raise JobError(
+                f"the model {source!r} cannot be loaded",
+                at="model.id",
+                why=str(error).split("\n", maxsplit=1)[0],
+                try_="give a hub id this machine can reach, or a folder with config.json and safetensors",
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars in worker logs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _zero3_active() -> bool:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+@contextlib.contextmanager
+def zero3(active: bool, device: torch.device) -> Iterator[None]:
+    """Inside, `load_model` partitions every weight over the ranks as it is read, so none holds the whole model."""
+    if not active:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    from farspan.trainer.engine_deepspeed import import_deepspeed
+
+    import_deepspeed(device)
+    # transformers looks the configuration up through a weak reference: it lives as long as this name
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        yield
+    finally:
+        del config
+        unset_hf_deepspeed_config()
+
+
+class CausalLMLoss(nn.Module):
+    """What the loop calls: one pack's rows in, the sum of their token losses out."""
+
+    def __init__(self, model: nn.Module, causal: PreTrainedModel, *, loss_tile: int) -> None:
+        super().__init__()
+        self.model = model
+        self.head = LossHead(_projection(causal), tile=loss_tile, scale=_logit_scale(causal.config))
+        self._causal = (causal,)  # in a tuple: registering it again would list every parameter twice
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, sequence: PackedSequence) -> Tensor:
+        """Sum of token losses over this rank's rows.
+
+        Args:
+            input_ids, labels, position_ids: int64 [1, s]; labels are shifted already, -100 where nothing is trained.
+            sequence: boundaries of the whole pack and the exchange of the sp group.
+        """
+        hidden = (
+            self._causal[0]
+            .get_decoder()(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                **{attention.KEYWORD: sequence},
+            )
+            .last_hidden_state
+        )
+        return self.head(hidden.flatten(0, 1), labels.flatten())
+
+
+def _projection(causal: PreTrainedModel) -> nn.Linear:
+    head: Any = causal.get_output_embeddings()
+    if type(head).__name__ == "ModulesToSaveWrapper":
+        head = head.modules_to_save[head.active_adapter]
+    if type(head) is not nn.Linear:
+        raise JobError(
+            f"the output projection is a {type(head).__name__}, which the tiled loss cannot use",
+            at="adapter.target_modules",
+            why="logits are never held whole, so the projection must be one weight matrix",
+            try_="leave lm_head out of target_modules, or train it whole with adapter.modules_to_save=[lm_head]",
+        )
+    return head
+
+
+def _logit_scale(config: Any) -> float:
+    if getattr(config, "final_logit_softcapping", None):
+        raise JobError(
+            f"{config.model_type} caps its logits with a tanh, which the tiled loss does not compute",
+            at="model",
+            why=f"final_logit_softcapping = {config.final_logit_softcapping}",
+            try_="use a model without final_logit_softcapping",
+        )
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        return 1.0 / float(config.logits_scaling)
+    return float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+
+
+def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: int) -> nn.Module:
+    """Freeze the base and add LoRA in peft's form (weights in the base's dtype), or train everything.
+
+    Every rank draws the same adapter: the generator is seeded, and restored afterwards.
+    """
+    if isinstance(adapter, FullFineTune):
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.rank,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise JobError(
+                "the adapter does not match the model",
+                at="adapter.target_modules",
+                why=str(error).split("\n", maxsplit=1)[0],
+                try_=f"name linear layers of this model, for example {', '.join(_linear_names(model))}",
+            ) from error
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(names - {"lm_head"})
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Store only layer inputs; each layer runs again in backward (transformers' own hook, torch's own checkpoint)."""
+    from torch.utils.checkpoint import checkpoint
+
+    def run(call: Any, *inputs: Any) -> Any:
+        return checkpoint(call, *inputs, use_reentrant=False)
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = run
+
+
+def prepare_model(
+    causal: PreTrainedModel, *, adapter: LoRA | FullFineTune, memory: MemoryBudget, seed: int
+) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
+    """Apply everything a job asks for to a loaded model.
+
+    The order: adapters first, since they replace linear layers; then the MLP tiles, which wrap the layers as they are
+    by then; then the recomputation of whole layers, which contain tiles; the loss head last, since an adapter may have
+    swapped the projection it shares.
+
+    Returns:
+        the module whose forward is the loss, and its trainable parameters by name.
+    """
+    model = add_adapter(causal, adapter, seed=seed)
+    if memory.mlp_tile != "off":
+        tile_mlp(model, memory.mlp_tile)
+    if memory.plan == "recompute":
+        recompute_layers(model)
+    module = CausalLMLoss(model, causal, loss_tile=memory.loss_tile)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    module.train()
+    return module, trainable
+
+
+def build(spec: TrainSpec, device: torch.device) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
+    """Load the job's model on this rank and prepare it; models made on the spot must have been written before."""
+    source, revision = base_source(spec)
+    with zero3(spec.zero == 3, device):
+        causal = load_model(source, revision=revision, dtype=DTYPES[spec.precision], device=device)
+        return prepare_model(causal, adapter=spec.adapter, memory=spec.memory, seed=spec.optim.seed)
+
+
+def base_source(spec: TrainSpec) -> tuple[str, str | None]:
+    """Hub id or folder of the untrained base, and its revision."""
+    if isinstance(spec.model, Model):
+        return spec.model.id, spec.model.revision
+    return str(RunFolder(Path(spec.run_dir)).base_model), None

@@ -1,0 +1,159 @@
+"""Ulysses: an all-to-all from rows to heads before attention, and one back after it.
+
+Every rank holds s = S / P rows of all heads; attention needs all S rows of some heads. Source: Jacobs et al., DeepSpeed
+Ulysses, 2023. Two things go beyond it. Heads need not divide by P: rank p takes query heads [H*p/P, H*(p+1)/P). KV
+heads are sent to every rank whose query heads use them, so GQA works with more ranks than KV heads; the gradients of a
+head sent twice are added where its rows live. q, k and v travel in one message.
+
+Volume per rank and layer is about 4 * S * hidden / P elements forward and as many backward, whatever P is.
+
+B batch, H query heads, K KV heads, S rows of the pack, s rows of this rank, D head size, P ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farspan.errors import JobError
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Which heads each rank attends with."""
+
+    query: tuple[range, ...]
+    """Query heads of each rank, in order and without gaps."""
+    kv: tuple[range, ...]
+    """KV heads each rank needs; neighbours may share one."""
+
+    def kv_index(self, rank: int, group: int) -> list[int] | None:
+        """KV head, within the rank's own, of each of its query heads; None where plain grouping says the same."""
+        heads, kv = self.query[rank], self.kv[rank]
+        index = [head // group - kv.start for head in heads]
+        if len(heads) % len(kv) == 0 and index == [i // (len(heads) // len(kv)) for i in range(len(heads))]:
+            return None
+        return index
+
+
+@lru_cache
+def head_layout(heads: int, kv_heads: int, ranks: int) -> HeadLayout:
+    """Spread `heads` query heads over `ranks` as evenly as whole heads allow.
+
+    Raises:
+        JobError: there are more ranks than query heads.
+    """
+    if ranks > heads:
+        raise JobError(
+            f"SP degree {ranks} is more than the model's {heads} attention heads",
+            at="parallel.sp",
+            why=f"Ulysses gives every rank at least one whole head: {heads} heads / {ranks} ranks < 1",
+            try_=f"--set parallel.sp={heads} or less; use the other ranks as dp",
+        )
+    group = heads // kv_heads
+    query = tuple(range(heads * p // ranks, heads * (p + 1) // ranks) for p in range(ranks))
+    kv = tuple(range(r.start // group, (r.stop - 1) // group + 1) for r in query)
+    return HeadLayout(query, kv)
+
+
+class Ulysses:
+    """The two exchanges of one sp group, for a model with `heads` query and `kv_heads` KV heads."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def to_heads(self, q_BHsD: Tensor, k_BKsD: Tensor, v_BKsD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of all heads -> all rows of this rank's heads: [B, h, S, D], [B, k, S, D], [B, k, S, D].
+
+        Where this rank's query heads are not evenly grouped over its KV heads, KV heads are repeated: k == h.
+        """
+        layout = head_layout(q_BHsD.shape[1], k_BKsD.shape[1], self.ranks)
+        q, k, v = _ToHeads.apply(q_BHsD, k_BKsD, v_BKsD, layout, self)
+        index = layout.kv_index(self.rank, q_BHsD.shape[1] // k_BKsD.shape[1])
+        if index is not None:
+            at = torch.tensor(index, device=k.device)
+            k, v = k.index_select(1, at), v.index_select(1, at)
+        return q, k, v
+
+    def to_rows(self, o_BhSD: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """All rows of this rank's heads -> rows of all heads [B, H, s, D]."""
+        return _ToRows.apply(o_BhSD, head_layout(heads, kv_heads, self.ranks), self)
+
+
+def _exchange(send: Tensor, send_heads: list[int], recv_heads: list[int], ulysses: Ulysses) -> Tensor:
+    """all_to_all of [sum(send_heads), ...] -> [sum(recv_heads), ...], split along dim 0."""
+    recv = send.new_empty((sum(recv_heads), *send.shape[1:]))
+    dist.all_to_all_single(recv, send, recv_heads, send_heads, group=ulysses.group)
+    return recv
+
+
+def _rows_out(x_BhSD: Tensor, ranks: int) -> Tensor:
+    """[B, h, S, D] -> [P * h, B, s, D]: the rows of each rank together, ready to be sent."""
+    B, h, S, D = x_BhSD.shape
+    return x_BhSD.reshape(B, h, ranks, S // ranks, D).permute(2, 1, 0, 3, 4).reshape(ranks * h, B, S // ranks, D)
+
+
+def _rows_in(x_PhBsD: Tensor, ranks: int) -> Tensor:
+    """[P * h, B, s, D] -> [B, h, P * s, D]."""
+    Ph, B, s, D = x_PhBsD.shape
+    h = Ph // ranks
+    return x_PhBsD.view(ranks, h, B, s, D).permute(2, 1, 0, 3, 4).reshape(B, h, ranks * s, D)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, ulysses: Ulysses) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.ulysses, ctx.kv_heads = layout, ulysses, k.shape[1]
+        pieces = []
+        for query, kv in zip(layout.query, layout.kv):
+            pieces += [x[:, r.start : r.stop].transpose(0, 1) for x, r in ((q, query), (k, kv), (v, kv))]
+        counts = [len(query) + 2 * len(kv) for query, kv in zip(layout.query, layout.kv)]
+        mine = counts[ulysses.rank]
+        recv = _exchange(torch.cat(pieces), counts, [mine] * ulysses.ranks, ulysses)
+        h, n = len(layout.query[ulysses.rank]), len(layout.kv[ulysses.rank])
+        whole = _rows_in(recv, ulysses.ranks)
+        return whole[:, :h], whole[:, h : h + n], whole[:, h + n :]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        layout, ulysses = ctx.layout, ctx.ulysses
+        counts = [len(query) + 2 * len(kv) for query, kv in zip(layout.query, layout.kv)]
+        mine = counts[ulysses.rank]
+        send = _rows_out(torch.cat(grads, dim=1), ulysses.ranks)
+        recv = _exchange(send, [mine] * ulysses.ranks, counts, ulysses)
+        _, B, s, D = recv.shape
+        heads = layout.query[-1].stop
+        dq = recv.new_empty((heads, B, s, D))
+        dk, dv = recv.new_zeros((2, ctx.kv_heads, B, s, D))
+        at = 0
+        for query, kv in zip(layout.query, layout.kv):
+            h, n = len(query), len(kv)
+            dq[query.start : query.stop] = recv[at : at + h]
+            dk[kv.start : kv.stop] += recv[at + h : at + h + n]  # a head sent to two ranks gets both gradients
+            dv[kv.start : kv.stop] += recv[at + h + n : at + h + 2 * n]
+            at += h + 2 * n
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None, None
+
+
+class _ToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, layout: HeadLayout, ulysses: Ulysses) -> Tensor:
+        ctx.layout, ctx.ulysses = layout, ulysses
+        counts, mine = [len(r) for r in layout.query], o.shape[1]
+        recv = _exchange(_rows_out(o, ulysses.ranks), [mine] * ulysses.ranks, counts, ulysses)
+        return recv.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layout, ulysses = ctx.layout, ctx.ulysses
+        counts = [len(r) for r in layout.query]
+        mine = counts[ulysses.rank]
+        recv = _exchange(grad.transpose(0, 1).contiguous(), counts, [mine] * ulysses.ranks, ulysses)
+        return _rows_in(recv, ulysses.ranks), None, None

@@ -1,0 +1,324 @@
+"""Supervised fine-tuning: the SPMD loop every rank runs, and nothing else.
+
+Read `Trainer.run` first: it is the whole job. The loss of a step is the sum over its trained tokens divided by their
+global number, whatever the mesh, the accumulation and the packing, so that a run can be moved to another `dp x sp`.
+What is random is keyed by (seed, step, micro-batch, rank), so a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from farspan.errors import NonFinite
+from farspan.trainer import models
+from farspan.trainer.batch import rows_of
+from farspan.trainer.checkpoint import Checkpointer, latest, load
+from farspan.trainer.config import RandomModel, TrainSpec
+from farspan.trainer.data.packing import Pack, PackedStream, validation_packs
+from farspan.trainer.data.store import TokenStore
+from farspan.trainer.engine import make_engine
+from farspan.trainer.export import export_checkpoint
+from farspan.trainer.metrics import MetricsWriter
+from farspan.trainer.optimizer import lr_at
+from farspan.trainer.parallel.mesh import join
+from farspan.trainer.parallel.ulysses import Ulysses
+from farspan.trainer.process_memory import PeakMemory
+from farspan.trainer.run_folder import RunFolder
+from farspan.trainer.world import Progress, Silent, World
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a finished run ended."""
+
+    status: str
+    steps: int
+    last_record: dict[str, Any]
+    """Last line of `metrics.jsonl` (empty on ranks other than 0)."""
+    checkpoint: str | None
+    """Folder of the last complete checkpoint."""
+
+
+def train(spec: TrainSpec, world: World, progress: Progress | None = None) -> TrainResult:
+    """Train on this rank until the job's last step, resuming from the newest complete checkpoint in its run folder.
+
+    Raises:
+        FarspanError: the data, the model or the numbers make going on impossible; the same on every rank.
+    """
+    trainer = Trainer(spec, world, progress or Silent())
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One rank of an SFT job: model, data and optimizer state, and the step that ties them together."""
+
+    def __init__(self, spec: TrainSpec, world: World, progress: Progress) -> None:
+        self.spec, self.progress = spec, progress
+        self.clock = PartClock(progress)
+        self.folder = RunFolder(Path(spec.run_dir))
+        progress.phase("join", planned_s=60.0)
+        self.grid = join(world, spec.mesh, alone_too=spec.zero > 0)
+        self.ulysses = Ulysses(self.grid.sp_group) if self.grid.sp_group is not None else None
+        progress.phase("load", planned_s=600.0)
+        self.store = TokenStore(Path(spec.tokens_dir))
+        data = spec.data
+        self.stream = PackedStream(self.store.train, data.context, data.on_too_long, data.pack, spec.optim.seed)
+        self.held_out = validation_packs(self.store.validation, data.context, spec.evaluate.max_tokens)
+        self._write_base_model()
+        module, trainable = models.build(spec, self.grid.device)
+        self.engine = make_engine(
+            module,
+            trainable,
+            spec.optim,
+            self.grid,
+            zero=spec.zero,
+            precision=spec.precision,
+            cpu_offload=spec.cpu_offload,
+        )
+        self.memory = PeakMemory(self.grid.device)
+        self.checkpointer = Checkpointer(
+            self.folder, spec, group=self.grid.host_group, rank=self.grid.rank, world_size=self.grid.world_size
+        )
+        self.position: dict[str, Any] = {"step": 0, "next_pack": 0, "tokens_total": 0, "trained_total": 0}
+        self._restore()
+        self.writer = (
+            MetricsWriter(
+                self.folder,
+                spec.track,
+                run_name=self.folder.root.name,
+                config=spec.model_dump(mode="json"),
+                restored_step=self.position["step"],
+            )
+            if self.grid.rank == 0
+            else None
+        )
+        self.record: dict[str, Any] = {}
+
+    def run(self) -> TrainResult:
+        """The job, from where it stands to its last step."""
+        spec = self.spec
+        for step in range(self.position["step"] + 1, spec.optim.steps + 1):
+            last = step == spec.optim.steps
+            self.memory.reset()
+            started = time.perf_counter()
+            record = self.train_step(step)
+            if last or _due(step, spec.evaluate.every):
+                record["eval_loss"] = self.evaluate()
+            if last or _due(step, spec.checkpoint.every):
+                self.save(step)
+            self._publish(record, started)
+        with self.clock.part("checkpoint", planned_s=600.0):
+            self.checkpointer.wait()
+        found = latest(self.folder)
+        return TrainResult("done", self.position["step"], self.record, str(found) if found else None)
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step over `accumulation` packs per dp group.
+
+        Raises:
+            NonFinite: loss or gradient norm is NaN or infinite; weights are as before the step.
+        """
+        spec, grid = self.spec, self.grid
+        with self.clock.part("data"):
+            packs = self._packs_of_step()
+            mine = packs[grid.dp_index :: spec.mesh.dp]
+            trained = sum(pack.trained_tokens for pack in packs)
+        total = torch.zeros((), dtype=torch.float64, device=grid.device)
+        for micro, pack in enumerate(mine):
+            torch.manual_seed(_random_key(spec.optim.seed, step, micro, grid.rank))
+            with self.clock.part("data"):
+                rows = self._rows(pack)
+            with self.clock.part("forward"):
+                loss = self.engine.module(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
+            total += loss.detach()
+            with self.clock.part("backward"):
+                self.engine.backward(loss / max(trained, 1), last=micro + 1 == len(mine))
+        with self.clock.part("reduce"):
+            mean_loss = self._sum_over_ranks(total) / max(trained, 1)
+        self._require_finite("loss", mean_loss, step, packs)
+        with self.clock.part("optimizer"):
+            lr = lr_at(step, spec.optim, spec.warmup_steps)
+            norm = self.engine.step(lr=lr, clip_norm=spec.optim.clip_norm)
+        self._require_finite("gradient norm", norm, step, packs)
+        tokens = sum(pack.tokens for pack in packs)
+        first = self.position["next_pack"]
+        self.position = {
+            "step": step,
+            "next_pack": first + len(packs),
+            "tokens_total": self.position["tokens_total"] + tokens,
+            "trained_total": self.position["trained_total"] + trained,
+        }
+        return {
+            "step": step,
+            "loss": mean_loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_total": self.position["tokens_total"],
+            "trained_tokens": trained,
+            "packing_efficiency": tokens / (len(packs) * spec.data.context),
+            "epoch": self.stream.epoch_of(first),
+        }
+
+    def evaluate(self) -> float | None:
+        """Mean loss over the held-out packs; None when the job holds nothing out. Collective."""
+        if not self.held_out:
+            return None
+        mesh = self.spec.mesh
+        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        self.engine.module.eval()
+        with self.clock.part("evaluate"), torch.no_grad():
+            # every dp group runs the same number of packs, since ZeRO-3 gathers weights in each forward
+            for turn in range(math.ceil(len(self.held_out) / mesh.dp)):
+                index = turn * mesh.dp + self.grid.dp_index
+                rows = self._rows(self.held_out[min(index, len(self.held_out) - 1)])
+                loss = self.engine.module(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
+                total += loss if index < len(self.held_out) else 0.0
+        self.engine.module.train()
+        return self._sum_over_ranks(total) / max(sum(pack.trained_tokens for pack in self.held_out), 1)
+
+    def save(self, step: int) -> None:
+        """Snapshot now, write in the background; rank 0 exports when the state is complete."""
+        with self.clock.part("checkpoint", planned_s=600.0):
+            self.checkpointer.save(step, self.engine.fragments(), self.position, finalize=self._export)
+
+    def close(self) -> None:
+        """Stop background work and release what this rank holds."""
+        for part in ("checkpointer", "writer", "engine"):
+            if getattr(self, part, None) is not None:
+                getattr(self, part).close()
+
+    def _packs_of_step(self) -> list[Pack]:
+        first, count = self.position["next_pack"], self.spec.mesh.dp * self.spec.accumulation
+        return [self.stream.pack(index) for index in range(first, first + count)]
+
+    def _rows(self, pack: Pack) -> Any:
+        return rows_of(
+            pack, sp=self.spec.mesh.sp, sp_index=self.grid.sp_index, ulysses=self.ulysses, device=self.grid.device
+        )
+
+    def _sum_over_ranks(self, value: torch.Tensor) -> float:
+        if self.grid.world_size > 1:
+            dist.all_reduce(value)
+        return float(value)
+
+    def _require_finite(self, what: str, value: float, step: int, packs: list[Pack]) -> None:
+        if math.isfinite(value):
+            return
+        first = self.position["next_pack"]
+        documents = sorted({piece.document for pack in packs for piece in pack.pieces})
+        raise NonFinite(
+            f"{what} is {value} at step {step}",
+            at=f"packs {first} to {first + len(packs) - 1}, documents {documents[:8]}",
+            why="a NaN or infinity entered the weights, the data or the arithmetic; the update was not applied",
+            try_="look at these documents with `farspan data`; lower optim.lr or optim.clip_norm; --set precision=fp32",
+        )
+
+    def _publish(self, record: dict[str, Any], started: float) -> None:
+        step_s = time.perf_counter() - started
+        parts_s = self.clock.take()
+        record |= {
+            "step_s": step_s,
+            "tokens_per_s": record["tokens"] / max(step_s - parts_s.get("evaluate", 0.0), 1e-9),
+            "plan_step_s": self.spec.planned_step_s,
+            "plan_device_peak_bytes": None,
+            "disk_bytes": 0,
+            "stall_s": {"checkpoint": parts_s.get("checkpoint", 0.0)},
+            "parts_s": parts_s,
+            "attempt": self.spec.attempt,
+            "time": time.time(),
+            **self.memory.read(),
+        }
+        if self.writer is not None:
+            self.writer.write(record)
+            self.record = record
+            self.progress.record(record)
+
+    def _restore(self) -> None:
+        found = latest(self.folder)
+        if found is None:
+            return
+        self.progress.phase("restore", planned_s=600.0)
+        self.position = load(found, self.engine.fragments())
+        self.engine.restored(step=self.position["step"])
+
+    def _write_base_model(self) -> None:
+        model, folder = self.spec.model, self.folder.base_model
+        if isinstance(model, RandomModel) and self.grid.rank == 0 and not folder.exists():
+            meta = self.store.meta
+            models.write_random_model(
+                model,
+                folder,
+                precision=self.spec.precision,
+                context=self.spec.data.context,
+                eos_id=meta["eos_id"],
+                pad_id=meta["pad_id"],
+            )
+        if self.grid.host_group is not None:
+            dist.barrier(group=self.grid.host_group)
+
+    def _export(self, checkpoint: Path) -> None:
+        if self.spec.checkpoint.export:
+            export_checkpoint(
+                checkpoint,
+                checkpoint / "export",
+                model=self.spec.model,
+                adapter=self.spec.adapter,
+                base_model_dir=self.folder.base_model if isinstance(self.spec.model, RandomModel) else None,
+                tokenizer_dir=self.store.tokenizer_dir,
+                dtype=models.DTYPES[self.spec.precision],
+            )
+
+
+class PartClock:
+    """Seconds of each part of a step, and the phase the watchdog sees.
+
+    A phase is planned to last as long as the longest seen so far, so that a rank which hangs is told from a slow one.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.parts_s: dict[str, float] = {}
+        self.longest_s: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str, *, planned_s: float | None = None) -> Iterator[None]:
+        planned = max(planned_s or 0.0, self.longest_s.get(name, 0.0)) or FIRST_TIME_S
+        self.progress.phase(name, planned_s=planned)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self.parts_s[name] = self.parts_s.get(name, 0.0) + seconds
+            self.longest_s[name] = max(self.longest_s.get(name, 0.0), seconds)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        parts, self.parts_s = self.parts_s, {}
+        return parts
+
+
+FIRST_TIME_S = 600.0
+"""How long a phase may take before anything is known about it: first steps compile, page in and warm up."""
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _random_key(seed: int, step: int, micro: int, rank: int) -> int:
+    """A generator seed that never repeats within a run: 20 bits of step, 12 of micro-batch, 16 of rank."""
+    return (seed << 48 ^ step << 28 ^ micro << 16 ^ rank) & (2**63 - 1)
