@@ -13,17 +13,17 @@ from farspan.trainer.config import TrainSpec
 class Cluster(Schema):
     """Resources of the gang, and patience."""
 
-    cpus_per_actor: float = Field(1.0, gt=0)
+    cpus_per_actor: float = Field(default=1.0, gt=0)
     """CPU cores of one rank; a CPU rank runs one thread per core."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per rank. `auto`: yes when the cluster has GPUs."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray placement group strategy."""
-    wait_s: float = Field(120.0, gt=0)
+    wait_s: float = Field(default=120.0, gt=0)
     """How long to wait for the gang's resources."""
-    heartbeat_s: float = Field(30.0, gt=0)
+    heartbeat_s: float = Field(default=30.0, gt=0)
     """A rank that stays silent this long is given up; also the least time a phase may last."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(default=3, ge=0)
     """Restarts from the last complete checkpoint before the run fails."""
 
 

@@ -15,7 +15,7 @@ class MemoryBudget(Schema):
     plan: Literal["keep", "recompute"] = "keep"
     """`keep` stores what autograd saves; `recompute` stores layer inputs only and runs each layer twice."""
 
-    loss_tile: Count = Field(2048, ge=16)
+    loss_tile: Count = Field(default=2048, ge=16)
     """Rows of logits that exist at one time; the whole logits matrix is never made."""
 
     mlp_tile: Count | Literal["off"] = "off"

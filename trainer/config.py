@@ -20,7 +20,7 @@ class Model(Leading):
     """A transformers causal language model by hub id or local folder."""
 
     type: Literal["pretrained"] = "pretrained"
-    id: str
+    id: str = Field(kw_only=False)
     """Hub id (`Qwen/Qwen3-8B`) or a local folder with `config.json` and safetensors."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -32,16 +32,18 @@ class RandomModel(Leading):
     """A model with random weights made on the spot, of a family transformers knows."""
 
     type: Literal["random"] = "random"
-    family: Literal["llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3", "granite", "smollm3"] = "llama"
-    hidden: int = Field(256, ge=8)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(8, ge=1)
-    kv_heads: int = Field(4, ge=1)
-    ffn: int = Field(688, ge=8)
-    vocab: Count = Field(4096, ge=260)
+    family: Literal["llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3", "granite", "smollm3"] = Field(
+        default="llama", kw_only=False
+    )
+    hidden: int = Field(default=256, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=8, ge=1)
+    kv_heads: int = Field(default=4, ge=1)
+    ffn: int = Field(default=688, ge=8)
+    vocab: Count = Field(default=4096, ge=260)
     """Rows of the embedding. A byte-level BPE of at most this size is trained on the data."""
     tie_embeddings: bool = False
-    rope_theta: float = Field(500_000.0, gt=0)
+    rope_theta: float = Field(default=500_000.0, gt=0)
     init_seed: int = 0
 
 
@@ -49,8 +51,8 @@ class LoRA(Schema):
     """Low-rank adapters in peft's format. Source: Hu et al., LoRA, 2021."""
 
     type: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
     """Scale of the adapter is alpha / rank; default 2 * rank."""
     dropout: Ratio = 0.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -72,9 +74,9 @@ class TextData(Leading):
     """Plain text: files, globs, jsonl, parquet, a `datasets` id, or `"stdlib"`."""
 
     type: Literal["text"] = "text"
-    source: str | tuple[str, ...]
+    source: str | tuple[str, ...] = Field(kw_only=False)
     """A path, a glob, several of them, a `datasets` id, or `stdlib`: the source of the running Python's library."""
-    context: Count = Field(8192, ge=16)
+    context: Count = Field(default=8192, ge=16)
     """Rows of one pack: the longest sequence the model sees."""
     on_too_long: OnTooLong = "error"
     """A document longer than the context stops the job, is cut, is split into pieces, or is dropped (counted)."""
@@ -84,7 +86,7 @@ class TextData(Leading):
     """Split of a `datasets` id."""
     streaming: bool = False
     """Read a `datasets` id as a stream instead of downloading it first."""
-    limit_documents: Count | None = Field(None, ge=1)
+    limit_documents: Count | None = Field(default=None, ge=1)
     """Read at most so many documents."""
     pack: bool = True
     """Put several documents into one pack, boundaries kept. Off: one document a pack."""
@@ -94,9 +96,9 @@ class ChatData(Leading):
     """Conversations in the `messages` form; the loss is taken on assistant turns only."""
 
     type: Literal["chat"] = "chat"
-    source: str | tuple[str, ...]
+    source: str | tuple[str, ...] = Field(kw_only=False)
     """A jsonl or parquet path, a glob, several of them, or a `datasets` id."""
-    context: Count = Field(8192, ge=16)
+    context: Count = Field(default=8192, ge=16)
     """Rows of one pack: the longest sequence the model sees."""
     on_too_long: Literal["error", "truncate", "drop"] = "error"
     """A conversation longer than the context stops the job, is cut, or is dropped (counted)."""
@@ -106,7 +108,7 @@ class ChatData(Leading):
     """Split of a `datasets` id."""
     streaming: bool = False
     """Read a `datasets` id as a stream instead of downloading it first."""
-    limit_documents: Count | None = Field(None, ge=1)
+    limit_documents: Count | None = Field(default=None, ge=1)
     """Read at most so many conversations."""
     pack: bool = True
     """Put several conversations into one pack, boundaries kept. Off: one conversation a pack."""
@@ -135,8 +137,8 @@ class Optim(Schema):
     """Optimizer, schedule and the size of a step."""
 
     type: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
-    steps: int = Field(100, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    steps: int = Field(default=100, ge=1)
     """Optimizer steps of the whole job."""
     tokens_per_step: Count | Literal["auto"] = "auto"
     """Global tokens of one optimizer step: a multiple of context x dp. `auto`: one pack per dp group."""
@@ -148,12 +150,12 @@ class Optim(Schema):
     """The floor of the schedule as a share of lr."""
     decay_share: Ratio = 0.2
     """WSD: share of all steps spent decaying."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only (no norms, no biases)."""
     beta1: Ratio = 0.9
     beta2: Ratio = 0.95
-    eps: float = Field(1e-8, gt=0)
-    clip_norm: float | None = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm is clipped to this; null: never."""
     seed: int = 0
     """Order of the data, dropout, adapter initialisation."""
@@ -162,9 +164,9 @@ class Optim(Schema):
 class Checkpoint(Schema):
     """When a checkpoint is written and how many stay."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; null: only at the end."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Complete checkpoints that stay on disk; older ones are deleted after a newer one is complete."""
     export: bool = True
     """Write an HF / PEFT folder into each checkpoint, reopened and compared before it counts."""
@@ -173,11 +175,11 @@ class Checkpoint(Schema):
 class Evaluate(Schema):
     """Held-out loss during training."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations; null: at the end only."""
     share: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of documents held out, chosen by a hash of their text. 0: no validation."""
-    max_tokens: Count = Field(131072, ge=1)
+    max_tokens: Count = Field(default=131072, ge=1)
     """Tokens of one evaluation at most."""
 
 
@@ -194,8 +196,8 @@ class Track(Schema):
 class Mesh(Schema):
     """Ranks as a grid: rank = dp_index * sp + sp_index."""
 
-    dp: int = Field(1, ge=1)
-    sp: int = Field(1, ge=1)
+    dp: int = Field(default=1, ge=1)
+    sp: int = Field(default=1, ge=1)
 
     @property
     def world_size(self) -> int:

@@ -62,7 +62,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         # the gradients are ours alone and used once: scale them in place, free them with the node
         hidden, weight, bias = ctx.grads
         ctx.grads = None
@@ -92,6 +92,10 @@ def tiled_cross_entropy(
     Returns:
         0-dim sum. Its backward may run once.
     """
+    if not torch.is_grad_enabled():
+        # inside the Function this is no longer seen, and gradients would be computed for nothing
+        hidden_NC, weight_VC = hidden_NC.detach(), weight_VC.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     return _TiledCrossEntropy.apply(hidden_NC, weight_VC, bias_V, labels_N, tile, scale)
 
 

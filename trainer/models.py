@@ -188,7 +188,7 @@ def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: i
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.rank,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.rank,
         lora_dropout=adapter.dropout,
         target_modules=targets,
         modules_to_save=list(adapter.modules_to_save) or None,

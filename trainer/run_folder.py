@@ -1,7 +1,7 @@
 """The run folder: every path a run writes, in one place, and the atomic way to write a small file.
 
-    outputs/<name>/{job.json, resolved.json, metrics.jsonl, events.jsonl, status.json, logs/attempt_<n>/<role>-<rank>.log,
-                    checkpoints/step_<n>/{manifest.json, state/, export/}, base_model/, tensorboard/, report.html}
+outputs/<name>/{job.json, resolved.json, metrics.jsonl, events.jsonl, status.json, logs/attempt_<n>/<role>-<rank>.log,
+                checkpoints/step_<n>/{manifest.json, state/, export/}, base_model/, tensorboard/, report.html}
 """
 
 from __future__ import annotations

@@ -21,12 +21,11 @@ import torch.distributed as dist
 from farspan.errors import NonFinite
 from farspan.trainer import models
 from farspan.trainer.batch import rows_of
-from farspan.trainer.checkpoint import Checkpointer, latest, load
-from farspan.trainer.config import RandomModel, TrainSpec
+from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
+from farspan.trainer.config import OnTooLong, RandomModel, TrainSpec
 from farspan.trainer.data.packing import Pack, PackedStream, validation_packs
 from farspan.trainer.data.store import TokenStore
 from farspan.trainer.engine import make_engine
-from farspan.trainer.export import export_checkpoint
 from farspan.trainer.metrics import MetricsWriter
 from farspan.trainer.optimizer import lr_at
 from farspan.trainer.parallel.mesh import join
@@ -44,7 +43,7 @@ class TrainResult:
     steps: int
     last_record: dict[str, Any]
     """Last line of `metrics.jsonl` (empty on ranks other than 0)."""
-    checkpoint: str | None
+    checkpoint: str
     """Folder of the last complete checkpoint."""
 
 
@@ -75,7 +74,8 @@ class Trainer:
         self.store = TokenStore(Path(spec.tokens_dir))
         data = spec.data
         self.stream = PackedStream(self.store.train, data.context, data.on_too_long, data.pack, spec.optim.seed)
-        self.held_out = validation_packs(self.store.validation, data.context, spec.evaluate.max_tokens)
+        too_long: OnTooLong = "truncate" if data.on_too_long == "truncate" else "split"
+        self.held_out = validation_packs(self.store.validation, data.context, spec.evaluate.max_tokens, too_long)
         self._write_base_model()
         module, trainable = models.build(spec, self.grid.device)
         self.engine = make_engine(
@@ -89,9 +89,15 @@ class Trainer:
         )
         self.memory = PeakMemory(self.grid.device)
         self.checkpointer = Checkpointer(
-            self.folder, spec, group=self.grid.host_group, rank=self.grid.rank, world_size=self.grid.world_size
+            self.folder,
+            spec,
+            group=checkpoint_group(),
+            rank=self.grid.rank,
+            world_size=self.grid.world_size,
+            tokenizer_dir=self.store.tokenizer_dir,
         )
         self.position: dict[str, Any] = {"step": 0, "next_pack": 0, "tokens_total": 0, "trained_total": 0}
+        self.restored: Path | None = None
         self._restore()
         self.writer = (
             MetricsWriter(
@@ -99,7 +105,7 @@ class Trainer:
                 spec.track,
                 run_name=self.folder.root.name,
                 config=spec.model_dump(mode="json"),
-                restored_step=self.position["step"],
+                restored_step=self.position["step"] or None,
             )
             if self.grid.rank == 0
             else None
@@ -119,10 +125,9 @@ class Trainer:
             if last or _due(step, spec.checkpoint.every):
                 self.save(step)
             self._publish(record, started)
-        with self.clock.part("checkpoint", planned_s=600.0):
-            self.checkpointer.wait()
-        found = latest(self.folder)
-        return TrainResult("done", self.position["step"], self.record, str(found) if found else None)
+        with self.clock.part("checkpoint", planned_s=EXPORT_S):
+            saved = self.checkpointer.wait()
+        return TrainResult("done", self.position["step"], self.record, str(saved.path if saved else self.restored))
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step over `accumulation` packs per dp group.
@@ -147,11 +152,11 @@ class Trainer:
                 self.engine.backward(loss / max(trained, 1), last=micro + 1 == len(mine))
         with self.clock.part("reduce"):
             mean_loss = self._sum_over_ranks(total) / max(trained, 1)
-        self._require_finite("loss", mean_loss, step, packs)
+        self._require_finite("loss", mean_loss, step, len(packs))
         with self.clock.part("optimizer"):
             lr = lr_at(step, spec.optim, spec.warmup_steps)
             norm = self.engine.step(lr=lr, clip_norm=spec.optim.clip_norm)
-        self._require_finite("gradient norm", norm, step, packs)
+        self._require_finite("gradient norm", norm, step, len(packs))
         tokens = sum(pack.tokens for pack in packs)
         first = self.position["next_pack"]
         self.position = {
@@ -190,9 +195,9 @@ class Trainer:
         return self._sum_over_ranks(total) / max(sum(pack.trained_tokens for pack in self.held_out), 1)
 
     def save(self, step: int) -> None:
-        """Snapshot now, write in the background; rank 0 exports when the state is complete."""
-        with self.clock.part("checkpoint", planned_s=600.0):
-            self.checkpointer.save(step, self.engine.fragments(), self.position, finalize=self._export)
+        """Snapshot now; writing and the export go on in the background. Waits for an earlier save."""
+        with self.clock.part("checkpoint", planned_s=EXPORT_S):
+            self.checkpointer.save(step, self.engine.fragments(), self.position)
 
     def close(self) -> None:
         """Stop background work and release what this rank holds."""
@@ -214,16 +219,15 @@ class Trainer:
             dist.all_reduce(value)
         return float(value)
 
-    def _require_finite(self, what: str, value: float, step: int, packs: list[Pack]) -> None:
+    def _require_finite(self, what: str, value: float, step: int, packs: int) -> None:
         if math.isfinite(value):
             return
         first = self.position["next_pack"]
-        documents = sorted({piece.document for pack in packs for piece in pack.pieces})
         raise NonFinite(
             f"{what} is {value} at step {step}",
-            at=f"packs {first} to {first + len(packs) - 1}, documents {documents[:8]}",
-            why="a NaN or infinity entered the weights, the data or the arithmetic; the update was not applied",
-            try_="look at these documents with `farspan data`; lower optim.lr or optim.clip_norm; --set precision=fp32",
+            at=f"packs {first} to {first + packs - 1} of the data stream",
+            why="a NaN or infinity entered the weights or the arithmetic; the update was not applied",
+            try_="resume from the last checkpoint with a lower optim.lr or optim.clip_norm, or --set precision=fp32",
         )
 
     def _publish(self, record: dict[str, Any], started: float) -> None:
@@ -247,12 +251,11 @@ class Trainer:
             self.progress.record(record)
 
     def _restore(self) -> None:
-        found = latest(self.folder)
-        if found is None:
-            return
-        self.progress.phase("restore", planned_s=600.0)
-        self.position = load(found, self.engine.fragments())
-        self.engine.restored(step=self.position["step"])
+        self.progress.phase("restore", planned_s=EXPORT_S)
+        restored = self.checkpointer.load_latest(self.engine.fragments())
+        if restored is not None:
+            self.restored, self.position = restored.path, restored.progress
+            self.engine.restored(step=self.position["step"])
 
     def _write_base_model(self) -> None:
         model, folder = self.spec.model, self.folder.base_model
@@ -266,20 +269,8 @@ class Trainer:
                 eos_id=meta["eos_id"],
                 pad_id=meta["pad_id"],
             )
-        if self.grid.host_group is not None:
-            dist.barrier(group=self.grid.host_group)
-
-    def _export(self, checkpoint: Path) -> None:
-        if self.spec.checkpoint.export:
-            export_checkpoint(
-                checkpoint,
-                checkpoint / "export",
-                model=self.spec.model,
-                adapter=self.spec.adapter,
-                base_model_dir=self.folder.base_model if isinstance(self.spec.model, RandomModel) else None,
-                tokenizer_dir=self.store.tokenizer_dir,
-                dtype=models.DTYPES[self.spec.precision],
-            )
+        if self.grid.world_size > 1:
+            dist.barrier()
 
 
 class PartClock:
@@ -311,6 +302,8 @@ class PartClock:
         return parts
 
 
+EXPORT_S = 1800.0
+"""How long writing a checkpoint with its export may take: the bound the checkpointer itself works with."""
 FIRST_TIME_S = 600.0
 """How long a phase may take before anything is known about it: first steps compile, page in and warm up."""
 

@@ -32,7 +32,7 @@ class _TiledRows(torch.autograd.Function):
         return torch.cat([call(tile) for tile in x_BSC.split(rows, dim=1)], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, dy_BSC: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_BSC: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         trained = [p for p in ctx.mlp.parameters() if p.requires_grad]
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -41,7 +41,7 @@ class _TiledRows(torch.autograd.Function):
             for index, (x_tile, dy_tile) in enumerate(tiles):
                 for p in trained:
                     # DeepSpeed reduces a gradient the first time it arrives unless told that more is to come
-                    p.ds_grad_is_ready = index + 1 == len(tiles)  # type: ignore[attr-defined]
+                    p.ds_grad_is_ready = index + 1 == len(tiles)
                 leaf = x_tile.detach().requires_grad_(dx is not None)
                 with torch.enable_grad():
                     y = ctx.call(leaf)
@@ -130,4 +130,4 @@ def _tile(mlp: nn.Module, rows: int) -> None:
             return torch.cat([whole(tile) for tile in x_BSC.split(rows, dim=1)], dim=1)
         return _TiledRows.apply(x_BSC, anchor, whole, rows, self)
 
-    mlp.forward = MethodType(forward, mlp)  # type: ignore[method-assign]
+    mlp.forward = MethodType(forward, mlp)

@@ -81,7 +81,7 @@ def pairwise(seed: int = 0) -> list[Case]:
         best = max(candidates, key=lambda case: len(_pairs(case, names) & missing))
         missing -= _pairs(best, names)
         cases.append(best)
-    return sorted(cases, key=lambda case: case.mesh)
+    return sorted(cases, key=lambda case: (case.mesh[0] * case.mesh[1], case.mesh))
 
 
 def _pairs(case: Case, names: list[str]) -> set[Any]:
@@ -113,7 +113,7 @@ def packs_of(case: Case) -> list[Any]:
                 cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32),
                 tokens=len(ids),
                 trained_tokens=int((labels != -100).sum()),
-                pieces=(),
+                pieces=len(lengths),
             )
         )
     return packs
@@ -291,7 +291,8 @@ class Gang:
     def __init__(self, world_size: int, root: Path) -> None:
         import multiprocessing
 
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["farspan.trainer.models", "farspan.trainer.data.packing"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -19,14 +19,12 @@ from farspan.trainer.world import World
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Where this rank stands. Groups are None where there is nobody to talk to."""
+    """Where this rank stands. `sp_group` is None where a sequence is not spread."""
 
     mesh: Mesh
     rank: int
     device: torch.device
     sp_group: dist.ProcessGroup | None
-    host_group: dist.ProcessGroup | None
-    """All ranks over gloo, for checkpoints and small host-side agreements; None with one rank."""
 
     @property
     def sp_index(self) -> int:
@@ -51,7 +49,7 @@ def join(world: World, mesh: Mesh, *, alone_too: bool = False, timeout_s: float 
     if world.use_gpu:
         torch.cuda.set_device(device)
     if world.world_size == 1 and not alone_too:
-        return RankGrid(mesh, 0, device, None, None)
+        return RankGrid(mesh, 0, device, None)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if world.use_gpu else "gloo",
@@ -73,5 +71,4 @@ def form_groups(mesh: Mesh, device: torch.device, *, timeout_s: float = 600.0) -
             group = dist.new_group(ranks, timeout=timeout)
             if rank in ranks:
                 sp_group = group
-    host_group = dist.new_group(backend="gloo", timeout=timeout)
-    return RankGrid(mesh, rank, device, sp_group, host_group)
+    return RankGrid(mesh, rank, device, sp_group)

@@ -90,7 +90,8 @@ class Ulysses:
 def _exchange(send: Tensor, send_heads: list[int], recv_heads: list[int], ulysses: Ulysses) -> Tensor:
     """all_to_all of [sum(send_heads), ...] -> [sum(recv_heads), ...], split along dim 0."""
     recv = send.new_empty((sum(recv_heads), *send.shape[1:]))
-    dist.all_to_all_single(recv, send, recv_heads, send_heads, group=ulysses.group)
+    # a reshape that needed no copy may still be strided
+    dist.all_to_all_single(recv, send.contiguous(), recv_heads, send_heads, group=ulysses.group)
     return recv
 
 
@@ -151,9 +152,9 @@ class _ToRows(torch.autograd.Function):
         return recv.transpose(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         layout, ulysses = ctx.layout, ctx.ulysses
         counts = [len(r) for r in layout.query]
         mine = counts[ulysses.rank]
-        recv = _exchange(grad.transpose(0, 1).contiguous(), counts, [mine] * ulysses.ranks, ulysses)
+        recv = _exchange(grad.transpose(0, 1), counts, [mine] * ulysses.ranks, ulysses)
         return _rows_in(recv, ulysses.ranks), None, None

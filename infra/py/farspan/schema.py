@@ -11,8 +11,10 @@ integer; `k`, `M` and `G` are powers of 1024 when the result is a context or a t
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -30,7 +32,7 @@ def parse_bytes(value: Any) -> Any:
     if match is None:
         raise ValueError(f"{value!r} is not a size; write 64GiB, 70GB, 512MiB or a plain number of bytes")
     unit = (match[2] or "").lower()
-    return int(float(match[1]) * {**_DECIMAL, **_BINARY, "": 1}[unit])
+    return int(Fraction(match[1]) * {**_DECIMAL, **_BINARY, "": 1}[unit])
 
 
 def parse_count(value: Any) -> Any:
@@ -39,21 +41,27 @@ def parse_count(value: Any) -> Any:
         return value
     match = _COUNT.match(value)
     if match is not None:
-        return int(float(match[1]) * _BINARY[match[2].lower() + "i"])
-    if re.match(r"^\s*\d+\s*\^\s*\d+\s*$", value):
+        return int(Fraction(match[1]) * _BINARY[match[2].lower() + "i"])
+    if re.match(r"^\s*\d{1,9}\s*\^\s*\d{1,2}\s*$", value):
         base, _, exponent = value.partition("^")
         return int(base) ** int(exponent)
+    if re.match(r"^\s*[-+]?\d{1,19}\s*$", value):
+        return int(value)  # a float would round it beyond 2^53
     try:
         number = float(value)
     except ValueError:
         number = float("nan")
-    if number != number or number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise ValueError(f"{value!r} is not a count; write 256k, 1M, 2^20 or a plain number")
     return int(number)
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Count = Annotated[int, BeforeValidator(parse_count)]
+if TYPE_CHECKING:  # users write "64GiB" and "256k" where the value is an int: no one type says so
+    Bytes: TypeAlias = Any
+    Count: TypeAlias = Any
+else:
+    Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+    Count = Annotated[int, BeforeValidator(parse_count)]
 
 
 class Schema(BaseModel):
@@ -70,7 +78,10 @@ class Schema(BaseModel):
 
 
 class Leading(Schema):
-    """A schema whose first field may be given by position, as in `Model("Qwen/Qwen3-8B")`."""
+    """A schema whose first field may be given by position, as in `Model("Qwen/Qwen3-8B")`.
+
+    That field is declared with `kw_only=False`, which is what tells type checkers.
+    """
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         names = [name for name in type(self).model_fields if name != "type"]

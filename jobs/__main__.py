@@ -1,0 +1,7 @@
+"""`python -m farspan.jobs` is the command line."""
+
+import sys
+
+from farspan.jobs.cli import main
+
+sys.exit(main())

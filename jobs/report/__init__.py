@@ -1,0 +1,1 @@
+"""`farspan report RUN`: one self-contained page about a run, made from the files of its folder."""

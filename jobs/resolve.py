@@ -1,0 +1,298 @@
+"""From a job to what the layers below take: every `auto` decided, every value with its origin.
+
+`resolve` is one pure function: same job, model shape and machine, same answer; it reads no file, no environment and no
+clock. Each decision returns its value and one sentence with the arithmetic, which ends up in `resolved.json` beside the
+values that came from the file, a flag or a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from farspan.cluster.config import GangSpec
+from farspan.cluster.placement import Demand
+from farspan.errors import JobError
+from farspan.jobs.config import SFTJob
+from farspan.jobs.facts import Machine, ModelFacts
+from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
+from farspan.trainer.config import LoRA, Mesh, TrainSpec
+
+MIN_ROWS = 2048
+"""`auto` keeps at least this many rows of a sequence on a rank. Below it a layer's work is too small to cover its two
+all-to-alls, and the rank is better used on another sequence (dp)."""
+
+OPTIMIZER_BYTES = 12
+"""fp32 master, first and second moment of one trained weight."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One line of `resolved.json`."""
+
+    value: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What to run, and why it is so."""
+
+    gang: GangSpec
+    values: Mapping[str, Value]
+    """By dotted path of the job, plus what no job field names: `accumulation`, `world_size`."""
+
+    @property
+    def train(self) -> TrainSpec:
+        return self.gang.train
+
+    def with_tokens(self, tokens_dir: str) -> Resolved:
+        """The same, reading the prepared token store in `tokens_dir`."""
+        gang = self.gang.model_copy(update={"train": self.train.model_copy(update={"tokens_dir": tokens_dir})})
+        return replace(self, gang=gang)
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """`{path: {"value", "origin", "where"?, "why"?}}`, ready for `resolved.json`."""
+        table = {}
+        for path, entry in self.values.items():
+            row: dict[str, Any] = {"value": entry.value, "origin": entry.origin.kind}
+            if entry.origin.where is not None:
+                row["where"] = entry.origin.where
+            if entry.origin.why is not None:
+                row["why"] = entry.origin.why
+            table[path] = row
+        return table
+
+
+def resolve(
+    job: SFTJob,
+    facts: ModelFacts,
+    machine: Machine,
+    origins: Mapping[str, Origin],
+) -> Resolved:
+    """Decide everything a job leaves open.
+
+    Args:
+        job: validated job.
+        facts: shape of its model.
+        machine: what the cluster can give. A job that asks for more is not refused here: the cluster layer waits for
+            the resources and then states demand against supply.
+        origins: where the job's values came from, by dotted path.
+
+    Raises:
+        JobError: values that contradict each other: SP degree no layout allows, tokens per step that do not divide
+            into packs, CPU offload without ZeRO, more warm-up than steps.
+    """
+    return _Resolution(job, facts, machine, origins).result()
+
+
+def batch_chain(resolved: Resolved) -> str:
+    """The sizes of a step on one line, from tokens down to the rows of a rank."""
+    train = resolved.train
+    tokens, context = train.optim.tokens_per_step, train.data.context
+    assert isinstance(tokens, int)
+    packs, rows = tokens // context, -(-context // train.mesh.sp)
+    return (
+        f"tokens per step {tokens} = {_count(packs, 'pack')} of {context} = "
+        f"dp {train.mesh.dp} x accumulation {train.accumulation}; "
+        f"each pack on sp {_count(train.mesh.sp, 'rank')} of {rows} rows"
+    )
+
+
+class _Resolution:
+    """The decisions in their order; each may use the ones before it."""
+
+    def __init__(self, job: SFTJob, facts: ModelFacts, machine: Machine, origins: Mapping[str, Origin]) -> None:
+        self.job, self.facts, self.machine, self.origins = job, facts, machine, origins
+        self.decided: dict[str, Value] = {}
+        self.use_gpu = self._use_gpu()
+        bundle = {"CPU": job.cluster.cpus_per_actor, **({"GPU": 1.0} if self.use_gpu else {})}
+        self.ranks = Demand(ranks=1, bundle=bundle, strategy=job.cluster.placement).room(machine.nodes)
+        self.sp = self._sp()
+        self.dp = self._dp()
+        self.tokens = self._tokens_per_step()
+        self.accumulation = self.tokens // (job.data.context * self.dp)
+        self.warmup_steps = self._warmup_steps()
+        self.zero = self._zero()
+        self.adapter = self._adapter()
+
+    def result(self) -> Resolved:
+        job, world_size = self.job, self.dp * self.sp
+        optim = job.optim.model_copy(update={"tokens_per_step": self.tokens, "warmup_steps": self.warmup_steps})
+        train = TrainSpec(
+            run_dir=str(job.run_dir),
+            tokens_dir="",  # known only after the tokens are made: `Resolved.with_tokens`
+            model=job.model,
+            data=job.data,
+            adapter=self.adapter,
+            precision=job.precision,
+            mesh=Mesh(dp=self.dp, sp=self.sp),
+            zero=self.zero,  # type: ignore[arg-type]  # 0, 2 or 3, or what the job's own Literal let through
+            cpu_offload=job.parallel.cpu_offload,
+            accumulation=self.accumulation,
+            warmup_steps=self.warmup_steps,
+            optim=optim,
+            memory=job.memory,
+            checkpoint=job.checkpoint,
+            evaluate=job.evaluate,
+            track=job.track,
+        )
+        gang = GangSpec(name=job.name, world_size=world_size, cluster=job.cluster, use_gpu=self.use_gpu, train=train)
+        self._decide("accumulation", self.accumulation, f"{self.tokens} / (context {job.data.context} x dp {self.dp})")
+        self._decide("world_size", world_size, f"dp {self.dp} x sp {self.sp}")
+        written = {dotted(path): Value(value, self.origins.get(dotted(path), DEFAULT)) for path, value in leaves(job)}
+        return Resolved(gang, {**written, **self.decided})
+
+    def _decide(self, path: str, value: Any, why: str) -> None:
+        self.decided[path] = Value(value, Origin("planner", why=why))
+
+    def _at(self, path: str) -> str:
+        where = self.origins.get(path, DEFAULT).where
+        return f"{path} in {where}" if where else path
+
+    def _use_gpu(self) -> bool:
+        asked = self.job.cluster.use_gpu
+        if asked != "auto":
+            return asked
+        found = self.machine.gpus >= 1
+        self._decide("cluster.use_gpu", found, f"the cluster has {self.machine.gpus:g} GPUs")
+        return found
+
+    def _sp(self) -> int:
+        heads, asked = self.facts.heads, self.job.parallel.sp
+        if asked != "auto":
+            if 1 <= asked <= heads:
+                return asked
+            balanced = [degree for degree in range(1, heads + 1) if heads % degree == 0]
+            raise JobError(
+                f"no layout allows SP degree {asked}",
+                at=self._at("parallel.sp"),
+                why=f"each rank needs at least one of the {heads} attention heads, so 1 <= sp <= {heads}",
+                try_=f"--set parallel.sp={max(1, min(asked, heads))}; balanced are {', '.join(map(str, balanced))}, "
+                f"any other up to {heads} works too",
+            )
+        context, dp = self.job.data.context, self.job.parallel.dp
+        share = max(1, self.ranks if dp == "auto" else self.ranks // max(1, dp))
+        limits = {
+            f"{_count(share, 'rank')} for a sequence": share,
+            f"{heads} attention heads": heads,
+            f"at least {MIN_ROWS} rows on a rank of a context of {context}": max(1, context // MIN_ROWS),
+        }
+        most = min(limits.values())
+        why = f"at most {most}: {next(words for words, limit in limits.items() if limit == most)}"
+        even = [degree for degree in range(1, most + 1) if heads % degree == 0]
+        sp = max(even, key=lambda degree: (degree * (share // degree) if dp == "auto" else degree, degree))
+        if sp == 1 and most > 1:
+            sp = most
+            why += f"; none above 1 divides {heads} heads, so a rank has {heads // sp} or {-(-heads // sp)} of them"
+        elif sp < most:
+            why += f"; {sp} divides {heads} heads and uses the most ranks"
+        self._decide("parallel.sp", sp, f"{why}; {-(-context // sp)} rows on each rank")
+        return sp
+
+    def _dp(self) -> int:
+        asked, tokens, context = self.job.parallel.dp, self.job.optim.tokens_per_step, self.job.data.context
+        if asked != "auto":
+            if asked >= 1:
+                return asked
+            raise JobError(
+                f"dp cannot be {asked}",
+                at=self._at("parallel.dp"),
+                why="it counts groups of ranks",
+                try_="--set parallel.dp=1 or leave it out",
+            )
+        left = max(1, self.ranks // self.sp)
+        why = f"{_count(max(self.ranks, 1), 'rank')} / sp {self.sp}"
+        dp = left
+        if tokens != "auto":
+            packs = tokens // context
+            dp = max((degree for degree in range(1, left + 1) if packs % degree == 0), default=1)
+            if dp < left:
+                why += f" = {left}; {dp} is the most that divides the {packs} packs of a step"
+        self._decide("parallel.dp", dp, why)
+        return dp
+
+    def _tokens_per_step(self) -> int:
+        tokens, context = self.job.optim.tokens_per_step, self.job.data.context
+        unit = context * self.dp
+        if tokens == "auto":
+            self._decide("optim.tokens_per_step", unit, f"context {context} x dp {self.dp}: one pack for each group")
+            return unit
+        if tokens > 0 and tokens % unit == 0:
+            return tokens
+        below, above = tokens // unit * unit, (tokens // unit + 1) * unit
+        legal = [str(value) for value in (below, max(above, unit)) if value > 0]
+        raise JobError(
+            f"{tokens} tokens per step do not divide into packs",
+            at=self._at("optim.tokens_per_step"),
+            why=f"a step is whole packs: {tokens} / (context {context} x dp {self.dp}) = {tokens / unit:.3f}",
+            try_=" or ".join(f"--set optim.tokens_per_step={value}" for value in dict.fromkeys(legal)),
+        )
+
+    def _warmup_steps(self) -> int:
+        asked, steps = self.job.optim.warmup_steps, self.job.optim.steps
+        if asked == "auto":
+            warmup = max(1, round(0.03 * steps))
+            self._decide("optim.warmup_steps", warmup, f"3 % of {steps} steps, at least one")
+            return warmup
+        if 0 <= asked <= steps:
+            return asked
+        raise JobError(
+            f"warm-up of {asked} steps in a job of {steps}",
+            at=self._at("optim.warmup_steps"),
+            why=f"warm-up is part of the job, so 0 <= warmup_steps <= {steps}",
+            try_="--set optim.warmup_steps=auto",
+        )
+
+    def _zero(self) -> int:
+        asked, offload, world_size = self.job.parallel.zero, self.job.parallel.cpu_offload, self.dp * self.sp
+        if asked != "auto":
+            if asked == 0 and offload:
+                raise JobError(
+                    "CPU offload needs ZeRO",
+                    at=self._at("parallel.cpu_offload"),
+                    why="at ZeRO 0 the optimizer is a fused AdamW on the device, with nothing to move",
+                    try_="--set parallel.zero=2 or --set parallel.cpu_offload=false",
+                )
+            return asked
+        zero, why = self._choose_zero(world_size, offload)
+        self._decide("parallel.zero", zero, why)
+        return zero
+
+    def _choose_zero(self, world_size: int, offload: bool) -> tuple[int, str]:
+        width = 2 if self.job.precision == "bf16" else 4
+        trained = self.facts.trainable(self.job.adapter)
+        weights = self.facts.parameters * width
+        state = trained * (width + OPTIMIZER_BYTES)
+        total = self.machine.gpu_memory_bytes if self.use_gpu else self.machine.cpu_memory_bytes
+        memory = total if self.use_gpu else total // max(1, self.ranks)
+        sums = (
+            f"gradients and optimizer of {trained:,} trained weights take {_size(state)}, "
+            f"all weights {_size(weights)}, a rank has {_size(memory)}"
+        )
+        if world_size == 1:
+            return (2, "CPU offload needs a ZeRO optimizer") if offload else (0, "one rank has nobody to share with")
+        if weights > memory // 2:
+            return 3, f"{sums}: the weights alone take more than half"
+        if not offload and state <= memory // 10:
+            return 0, f"{sums}: less than a tenth, not worth the traffic of sharding"
+        if weights + state // world_size <= memory // 2:
+            return 2, f"{sums}: weights and 1/{world_size} of the state take less than half"
+        return 3, f"{sums}: weights and 1/{world_size} of the state take more than half"
+
+    def _adapter(self) -> Any:
+        adapter = self.job.adapter
+        if isinstance(adapter, LoRA) and adapter.alpha is None:
+            alpha = 2.0 * adapter.rank
+            self._decide("adapter.alpha", alpha, f"2 x rank {adapter.rank}")
+            return adapter.model_copy(update={"alpha": alpha})
+        return adapter
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,182 @@
+"""`farspan run`: from a job to a finished run folder, in an order that wastes nothing.
+
+What needs no machine is checked first: the values of the job against the model, the run folder, the rules of resuming.
+Then Ray, then the tokens (Ray tasks, before any process group exists), and only then is the folder taken and the gang
+placed. So a bad job costs a second and leaves no trace, and `--clean` deletes nothing for a job that cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farspan.jobs.claim import Claim
+from farspan.jobs.config import SFTJob
+from farspan.jobs.facts import Machine, machine, model_facts
+from farspan.jobs.load import Loaded
+from farspan.jobs.origins import origins_in_python
+from farspan.jobs.resolve import Resolved, batch_chain, resolve
+from farspan.jobs.submit import anchored
+from farspan.trainer.run_folder import RunFolder, read_metrics, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from farspan.cluster.session import Session
+    from farspan.trainer.sft import TrainResult
+
+_ONE_RANK = Machine(nodes=({"CPU": 1.0},), cpu_memory_bytes=2**30)
+"""Stands in before Ray is there: contradictions inside a job do not depend on the machine."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    status: str
+    """`done`; every other end is an exception."""
+    run_dir: Path
+    metrics: Mapping[str, Any]
+    """The last line of `metrics.jsonl`."""
+    checkpoint: Path | None
+    """The last complete checkpoint."""
+
+
+def run(
+    job: SFTJob,
+    *,
+    address: str | None = None,
+    resume: bool = False,
+    clean: bool = False,
+    loaded: Loaded | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Train `job` to its last step.
+
+    Args:
+        address: Ray cluster to join; None starts a Ray on this machine.
+        resume: go on from the last complete checkpoint of the run.
+        clean: delete the run's folder first.
+        loaded: where the job was read, for the origins in `resolved.json`.
+        console: where progress goes; None prints nothing.
+
+    Raises:
+        FarspanError: four lines; `JobError` and `DataError` before anything was written.
+    """
+    from rich.console import Console
+
+    console = console or Console(quiet=True)
+    origins = loaded.origins if loaded is not None else origins_in_python(job)
+    folder = RunFolder(job.run_dir)
+    job = anchored(job)
+    facts = model_facts(job.model)
+    resolve(job, facts, _ONE_RANK, origins)
+    with Claim(folder, resume=resume, clean=clean) as claim:
+        from farspan.cluster.session import connect
+
+        with connect(address) as session:
+            _say(console, "ray", "on this machine" if session.local else session.address)
+            resolved = resolve(job, facts, machine(wait_s=job.cluster.wait_s), origins)
+            _check_room(resolved, session)
+            if resume:
+                _check_resume(folder, resolved, console)
+            resolved = _with_tokens(resolved, console)
+            claim.take()
+            _write_job(folder, job, resolved)
+            _say(console, "run", str(folder.root))
+            _say(console, "batch", batch_chain(resolved))
+            return _train(folder, resolved, session, console)
+
+
+def _check_resume(folder: RunFolder, resolved: Resolved, console: Console) -> None:
+    """Refuse a job that contradicts its newest checkpoint; say what else changed."""
+    from farspan.trainer.checkpoint_format import read_manifest
+    from farspan.trainer.resume_rules import check_resume
+
+    complete = folder.complete_checkpoints()
+    if len(complete) == 0:
+        _say(console, "resume", "no complete checkpoint: starting from step 0")
+        return
+    manifest = read_manifest(complete[-1])
+    changes = check_resume(manifest.job, resolved.train, at=str(complete[-1]))
+    _say(console, "resume", f"from step {manifest.step}")
+    for change in changes:
+        _say(console, "changed", str(change))
+
+
+def _check_room(resolved: Resolved, session: Session) -> None:
+    """A local Ray cannot grow: refuse a gang it cannot hold before anything is tokenised or deleted."""
+    if session.local:
+        from farspan.cluster.placement import place
+        from farspan.cluster.supervisor import remove_group
+
+        remove_group(place(resolved.gang, can_grow=False, on_wait=lambda text: None))
+
+
+def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
+    """Tokenise, or find the tokens of an earlier run."""
+    from farspan.cluster.tokenise import map_tasks
+    from farspan.trainer.data.prepare import prepare
+
+    train = resolved.train
+    tokens_dir = prepare(
+        train.data,
+        train.model,
+        train.evaluate,
+        map_tasks=map_tasks,
+        progress=lambda line: _say(console, "data", line),
+    )
+    return resolved.with_tokens(str(tokens_dir))
+
+
+def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved) -> None:
+    write_json(folder.job, job.model_dump(mode="json"))
+    write_json(folder.resolved, resolved.to_json())
+    write_json(folder.root / "train_spec.json", resolved.train.model_dump(mode="json"))
+
+
+def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Console) -> RunResult:
+    from farspan.cluster.supervisor import supervise
+    from farspan.jobs.progress import StepPrinter
+
+    printer = StepPrinter(console, resolved.train.optim.steps, title=resolved.gang.name)
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["event"] != "failed":  # the caller shows the error it ends with
+            printer.event(event["text"])
+
+    try:
+        result = supervise(resolved.gang, session=session, on_record=printer.record, on_event=on_event)
+    finally:
+        printer.close()
+        _report(folder, console)
+    _say(console, "done:", _summary(result))
+    return RunResult(
+        status=result.status,
+        run_dir=folder.root,
+        metrics=result.last_record,
+        checkpoint=Path(result.checkpoint) if result.checkpoint else None,
+    )
+
+
+def _report(folder: RunFolder, console: Console) -> None:
+    """A run that failed has a report too, if it got as far as one step."""
+    from farspan.jobs.report.build import write_report
+
+    if read_metrics(folder.metrics):
+        _say(console, "report", str(write_report(folder.root)))
+
+
+def _summary(result: TrainResult) -> str:
+    record = result.last_record
+    shown = {"loss": record.get("loss"), "held-out": record.get("eval_loss")}
+    parts = [f"{result.steps} steps", *(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)]
+    if result.checkpoint:
+        parts.append(f"checkpoint {result.checkpoint}")
+    return ", ".join(parts)
+
+
+def _say(console: Console, label: str, text: str) -> None:
+    console.print(f"{label:<8} {text}", highlight=False, markup=False, soft_wrap=True)

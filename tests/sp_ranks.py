@@ -1,0 +1,162 @@
+"""What spawned ranks run in the sequence-parallel tests. Not a test module: `multiprocessing` imports it by name."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 200.0) -> list[Any]:
+    """Run `function(rank, *args)` on spawned gloo ranks and return their results in rank order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["farspan.trainer.sft"])  # imported once, not once a rank
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_rank, args=(function, rank, world_size, port, theirs, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        results = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(timeout_s), f"rank {rank} gave no answer in {timeout_s} s"
+            kind, value = pickle.loads(pipe.recv_bytes())
+            assert kind == "result", value
+            results.append(value)
+        return results
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _rank(function: Any, rank: int, world_size: int, port: int, pipe: Any, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        # plain pickle: torch's own shares tensors through files that vanish with this process
+        pipe.send_bytes(pickle.dumps(("result", function(rank, *args))))
+        dist.barrier()
+    except BaseException:
+        pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
+
+
+def ulysses_attention(rank: int, shapes: list[tuple[int, int, int]]) -> dict[Any, Any]:
+    """Outputs and input gradients of Ulysses(kernel) in float64, every rank's rows, for (heads, kv_heads, sp)."""
+    from farspan.kernels.attention import causal_attention
+    from farspan.trainer.parallel.ulysses import Ulysses
+
+    groups = {sp: dist.new_group(list(range(sp))) for sp in (2, 3, 4)}
+    results: dict[Any, Any] = {}
+    for heads, kv_heads, sp in shapes:
+        if rank >= sp:
+            continue
+        q, k, v, lengths = attention_inputs(heads, kv_heads)
+        rows = q.shape[2] // sp
+        mine = [x[:, :, rank * rows : (rank + 1) * rows].clone().requires_grad_() for x in (q, k, v)]
+        ulysses = Ulysses(groups[sp])
+        out = causal_attention(*ulysses.to_heads(*mine), lengths=lengths, scale=0.3)
+        out = ulysses.to_rows(out, heads, kv_heads)
+        (out * weights(heads)[:, :, rank * rows : (rank + 1) * rows]).sum().backward()
+        results[heads, kv_heads, sp] = [out.detach(), *(x.grad for x in mine)]
+    return results
+
+
+def attention_inputs(heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """q [2, H, 24, 8], k and v [2, K, 24, 8] in float64, and the lengths of three documents."""
+    generator = torch.Generator().manual_seed(heads * 10 + kv_heads)
+    draw = [torch.randn(2, n, 24, 8, generator=generator, dtype=torch.float64) for n in (heads, kv_heads, kv_heads)]
+    return draw[0], draw[1], draw[2], (11, 1, 12)
+
+
+def weights(heads: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(heads)
+    return torch.randn(2, heads, 24, 8, generator=generator, dtype=torch.float64)
+
+
+def peer_sequence(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and shifted labels, int64 [1, 96]."""
+    ids = torch.randint(0, vocab, (1, 96), generator=torch.Generator().manual_seed(5))
+    return ids, torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
+
+
+def farspan_ulysses(rank: int, folder: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one sequence over two ranks, by Farspan."""
+    from farspan.memory.config import MemoryBudget
+    from farspan.trainer.attention import PackedSequence
+    from farspan.trainer.config import FullFineTune
+    from farspan.trainer.models import load_model, prepare_model
+    from farspan.trainer.parallel.ulysses import Ulysses
+
+    causal = load_model(folder, revision=None, dtype=torch.float32, device=torch.device("cpu"))
+    module, trainable = prepare_model(causal, adapter=FullFineTune(), memory=MemoryBudget(), seed=0)
+    ids, labels = peer_sequence(causal.config.vocab_size)
+    rows = slice(rank * 48, (rank + 1) * 48)
+    sequence = PackedSequence((96,), Ulysses(dist.group.WORLD))
+    loss = module(ids[:, rows], labels[:, rows], torch.arange(96)[None, rows], sequence) / 95
+    return _summed(loss, list(trainable.items()))
+
+
+def deepspeed_ulysses(rank: int, folder: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same by DeepSpeed's UlyssesSPAttentionHF, which replaces transformers' `sdpa` in this process."""
+    import os
+    import warnings
+
+    os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+        from transformers import AutoModelForCausalLM
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        UlyssesSPAttentionHF.register_with_transformers(
+            folder, "sdpa", sequence_parallel_size=2, micro_batch_size=1, seq_length=96, seq_length_is_variable=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    ids, labels = peer_sequence(model.config.vocab_size)
+    rows = slice(rank * 48, (rank + 1) * 48)
+    logits = model(input_ids=ids[:, rows], position_ids=torch.arange(96)[None, rows], use_cache=False).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits, labels[0, rows], reduction="sum") / 95
+    return _summed(loss, list(model.named_parameters()))
+
+
+def _summed(loss: torch.Tensor, named: list[tuple[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss.backward()
+    total = loss.detach()
+    dist.all_reduce(total)
+    gradients = {}
+    for name, parameter in named:
+        dist.all_reduce(parameter.grad)
+        gradients[name] = parameter.grad
+    return float(total), gradients
+
+
+def write_peer_model(family: str, kv_heads: int, folder: Path) -> None:
+    from farspan.trainer.config import RandomModel
+    from farspan.trainer.models import write_random_model
+
+    model = RandomModel(family=family, hidden=64, layers=2, heads=4, kv_heads=kv_heads, ffn=96, vocab=260)
+    write_random_model(model, folder, precision="fp32", context=128, eos_id=0, pad_id=1)
+
+
+def train_rank(rank: int, spec_json: str) -> dict[str, Any]:
+    """One rank of an SFT run on the group that `on_ranks` has formed; the last record."""
+    from farspan.trainer.config import TrainSpec
+    from farspan.trainer.sft import train
+    from farspan.trainer.world import World
+
+    spec = TrainSpec.model_validate_json(spec_json)
+    return train(spec, World(rank=rank, world_size=spec.mesh.world_size, local_rank=rank)).last_record

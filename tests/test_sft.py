@@ -1,0 +1,146 @@
+"""The SFT loop on spawned ranks: resuming bit for bit, on another mesh and ZeRO stage, and stopping on NaN."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sp_ranks import on_ranks, train_rank
+
+from farspan import Checkpoint, Evaluate, LoRA, MemoryBudget, Optim, RandomModel, TextData, Track
+from farspan.trainer.config import FullFineTune, Mesh, TrainSpec
+from farspan.trainer.data.packing import PackedStream
+from farspan.trainer.data.prepare import prepare
+from farspan.trainer.data.store import TokenStore
+from farspan.trainer.run_folder import read_metrics
+
+MODEL = RandomModel(family="llama", hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, vocab=300)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small store whose epoch ends after a few packs."""
+    root = tmp_path_factory.mktemp("tokens")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon"]
+    with open(root / "data.jsonl", "w") as file:
+        for _ in range(60):
+            text = " ".join(rng.choice(words, int(rng.integers(5, 60))))
+            file.write(json.dumps({"text": text}) + "\n")
+    data = TextData(str(root / "data.jsonl"), context=256)
+    return prepare(data, MODEL, Evaluate(share=0.1), cache_root=root / "cache")
+
+
+def spec(tokens: Path, run_dir: Path, **changes: Any) -> TrainSpec:
+    fields: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "tokens_dir": str(tokens),
+        "model": MODEL,
+        "data": TextData("unused", context=256),
+        "adapter": FullFineTune(),
+        "precision": "fp32",
+        "mesh": Mesh(dp=1, sp=1),
+        "zero": 0,
+        "cpu_offload": False,
+        "accumulation": 1,
+        "warmup_steps": 2,
+        "optim": Optim(lr=1e-2, steps=12),
+        "memory": MemoryBudget(loss_tile=64),
+        "checkpoint": Checkpoint(every=6, keep=9, export=False),
+        "evaluate": Evaluate(every=6, max_tokens=512),
+        "track": Track(tensorboard=False),
+    }
+    return TrainSpec(**fields | changes)
+
+
+def run(spec: TrainSpec) -> list[dict[str, Any]]:
+    on_ranks(train_rank, spec.mesh.world_size, spec.model_dump_json())
+    return read_metrics(Path(spec.run_dir) / "metrics.jsonl")
+
+
+def resumed_from(source: Path, target: Path, step: int) -> None:
+    """A run folder as a run killed after `step` leaves it."""
+    (target / "checkpoints").mkdir(parents=True)
+    shutil.copytree(source / "base_model", target / "base_model")
+    shutil.copytree(source / f"checkpoints/step_{step}", target / f"checkpoints/step_{step}")
+    shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
+
+
+COMPARED = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_total", "trained_tokens", "epoch", "eval_loss")
+
+
+def numbers(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(record.get(key) for key in COMPARED) for record in records]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "zero", "precision", "adapter"),
+    [
+        (Mesh(dp=1, sp=1), 0, "fp32", FullFineTune()),
+        (Mesh(dp=1, sp=2), 0, "bf16", LoRA(rank=4, dropout=0.1)),
+        (Mesh(dp=2, sp=1), 3, "bf16", FullFineTune()),
+        (Mesh(dp=1, sp=2), 2, "fp32", FullFineTune()),
+    ],
+    ids=["one rank", "sp 2 lora dropout", "zero 3 bf16", "zero 2"],
+)
+def test_resuming_is_bit_exact_across_an_epoch_edge(
+    tokens: Path, tmp_path: Path, mesh: Mesh, zero: int, precision: str, adapter: Any
+) -> None:
+    whole = spec(tokens, tmp_path / "whole", mesh=mesh, zero=zero, precision=precision, adapter=adapter)
+    records = run(whole)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    epochs = [record["epoch"] for record in records]
+    assert epochs[0] < epochs[-1], "the run must cross an epoch"
+    resumed_from(tmp_path / "whole", tmp_path / "half", 6)
+    again = run(whole.model_copy(update={"run_dir": str(tmp_path / "half")}))
+    assert numbers(again) == numbers(records)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_resuming_on_another_mesh_and_zero_stage(tokens: Path, tmp_path: Path) -> None:
+    first = spec(tokens, tmp_path / "whole", accumulation=2)
+    records = run(first)
+    for name, mesh, zero, accumulation in (("a", Mesh(dp=1, sp=2), 3, 2), ("b", Mesh(dp=2, sp=1), 1, 1)):
+        resumed_from(tmp_path / "whole", tmp_path / name, 6)
+        changed = {"run_dir": str(tmp_path / name), "mesh": mesh, "zero": zero, "accumulation": accumulation}
+        again = run(first.model_copy(update=changed))
+        assert [record["tokens_total"] for record in again] == [record["tokens_total"] for record in records]
+        for got, want in zip(again[6:], records[6:]):
+            assert got["loss"] == pytest.approx(want["loss"], rel=2e-5)
+            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=2e-4)
+
+
+def test_the_loss_is_that_of_transformers_on_the_same_documents(tokens: Path, tmp_path: Path) -> None:
+    """Step 1 of a packed run, against each document alone through plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    record = run(spec(tokens, tmp_path / "run", optim=Optim(lr=1e-2, steps=1), mesh=Mesh(dp=1, sp=2)))[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/base_model", dtype=torch.float64)
+    pack = PackedStream(TokenStore(tokens).train, 256, "error", True, 0).pack(0)
+    assert len(pack.cu_seqlens) > 2, "several documents in the pack"
+    total = 0.0
+    with torch.no_grad():
+        for start, stop in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
+            ids = torch.from_numpy(pack.input_ids[start:stop])[None]
+            logits = model(input_ids=ids).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    assert record["loss"] == pytest.approx(total / pack.trained_tokens, rel=1e-6)
+
+
+def test_nan_stops_the_run_before_the_update(tokens: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run(spec(tokens, tmp_path / "run", optim=Optim(lr=1e-2, steps=1), checkpoint=Checkpoint(export=False)))
+    weights = tmp_path / "run/base_model/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(AssertionError, match=r"loss is nan at step 1(.|\n)*the update was not applied"):
+        run(spec(tokens, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))

@@ -1,0 +1,362 @@
+"""From a checkpoint's state to a folder that transformers or peft opens. CPU only, and no rank gathers anything.
+
+Masters are read tensor by tensor from the checkpoint, rounded to the model's dtype and written one safetensors shard at
+a time, so memory is about one shard (5 GB at most) however large the model. Names come from the model itself, built on
+the meta device: transformers decides which tied weights are left out and how they are called on disk, peft how an
+adapter's are.
+
+    full fine-tune    config.json, generation_config.json, safetensors (sharded with an index when large), tokenizer
+    LoRA              adapter_config.json, adapter_model.safetensors (with modules_to_save), tokenizer
+    LoRA, merged      as a full fine-tune: W + scale B A, each matrix computed in fp32 and rounded once. Needs the base
+                      model in host memory once, in its own dtype
+
+A folder is reported only after `farspan.trainer.export_check` has opened it again and compared it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from farspan.errors import CheckpointError
+from farspan.trainer import export_check
+from farspan.trainer.checkpoint_format import MANIFEST
+from farspan.trainer.checkpoint_format import verify as verify_checkpoint
+from farspan.trainer.checkpoint_state import StateReader
+from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, ModelSource, Precision
+from farspan.trainer.models import DTYPES, add_adapter
+
+SHARD_SIZE = "5GB"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An export that was written and compared."""
+
+    out_dir: Path
+    kind: Literal["full", "adapter", "merged"]
+    files: tuple[str, ...]
+    size_bytes: int
+    num_tensors: int
+    num_parameters: int
+    """Elements in the written weight files."""
+    compared: tuple[str, ...]
+    """What was checked after writing, and what was left out, in words."""
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out_dir": str(self.out_dir)}
+
+
+def export_checkpoint(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    *,
+    model: ModelSource,
+    adapter: Adapter,
+    base_model_dir: Path | None = None,
+    tokenizer_dir: Path | None = None,
+    dtype: Precision = "bf16",
+    merged: bool = False,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a HF or PEFT folder from a checkpoint.
+
+    Loading a model changes process-wide state of torch and transformers for a moment; a process that trains uses
+    `farspan.trainer.export_process` instead.
+
+    Args:
+        checkpoint_dir: a checkpoint; verified first when it is complete (has its manifest).
+        out_dir: must not exist, or be empty.
+        model, adapter: as the run was told.
+        base_model_dir: HF folder of the untrained base, needed for a `RandomModel`.
+        tokenizer_dir: folder of the tokenizer to copy; None: the base model's.
+        dtype: of the written weights.
+        merged: fold LoRA into the base's weights. A full fine-tune is whole already.
+        verify: reopen and compare.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, belongs to another model, or what was written is not what was saved.
+    """
+    started = time.monotonic()
+    if (checkpoint_dir / MANIFEST).exists():
+        verify_checkpoint(checkpoint_dir)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise CheckpointError(
+            "the export folder is not empty",
+            at=str(out_dir),
+            why="files of an earlier export would be mixed with this one",
+            try_="give a folder that does not exist yet",
+        )
+    base = _base_folder(model, base_model_dir)
+    job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if isinstance(adapter, FullFineTune):
+            kind, written, compared = "full", *_export_full(job)
+        elif merged:
+            kind, written, compared = "merged", *_export_merged(job, adapter)
+        else:
+            kind, written, compared = "adapter", *_export_adapter(job, adapter)
+        _copy_tokenizer(_tokenizer_folder(model, base, tokenizer_dir), out_dir)
+    except BaseException:
+        shutil.rmtree(out_dir, ignore_errors=True)  # what was not compared must not be mistaken for an export
+        raise
+    files = sorted(path for path in out_dir.rglob("*") if path.is_file())
+    return ExportReport(
+        out_dir=out_dir,
+        kind=kind,  # type: ignore[arg-type]
+        files=tuple(path.relative_to(out_dir).as_posix() for path in files),
+        size_bytes=sum(path.stat().st_size for path in files),
+        num_tensors=len(written),
+        num_parameters=sum(torch.Size(shape).numel() for shape in written.values()),
+        compared=tuple(compared),
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What the three kinds of export share."""
+
+    state: StateReader
+    base: Path
+    out_dir: Path
+    model: ModelSource
+    adapter: Adapter
+    dtype: torch.dtype
+    verify: bool
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights: names, shapes, tied weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base), dtype=self.dtype)
+
+    def trained(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Trained parameter in the model's dtype, as the model held it when the checkpoint was taken."""
+        return self.state.tensor(name, shape).to(self.dtype)
+
+    def require_parameters(self, trainable: Mapping[str, nn.Parameter]) -> None:
+        saved = self.state.parameters()
+        here = {name: parameter.numel() for name, parameter in trainable.items()}
+        different = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
+        if different:
+            raise CheckpointError(
+                "the checkpoint's parameters are not this model's",
+                at=str(self.base),
+                why=f"{len(different)} differ in name or size, first {', '.join(different[:3])}",
+                try_="give the model and adapter the checkpoint was trained with",
+            )
+
+
+def _export_full(job: _Export) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    skeleton = job.skeleton()
+    trainable = dict(skeleton.named_parameters())
+    job.require_parameters(trainable)
+    untrained = _SafetensorsFolder(job.base)
+    saved = remove_tied_weights_from_state_dict(dict(skeleton.state_dict()), skeleton)
+
+    def value(name: str) -> Tensor:
+        # a tied weight has several names; the optimizer knows it by the first
+        parameter = skeleton.get_parameter_or_buffer(name)
+        first = next((known for known, other in trainable.items() if other is parameter), None)
+        return untrained.tensor(name) if first is None else job.trained(first, tuple(parameter.shape))
+
+    _write_config(job, skeleton)
+    written = write_shards(job.out_dir, skeleton, saved, value)
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_model(job.out_dir, written, saved.keys(), value, dtype=job.dtype)
+
+
+def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    from peft import get_peft_model_state_dict
+
+    with torch.device("meta"):
+        skeleton: Any = add_adapter(job.skeleton(), adapter, seed=0)
+    trainable = {name: p for name, p in skeleton.named_parameters() if p.requires_grad}
+    job.require_parameters(trainable)
+    live = {name: job.trained(name, tuple(parameter.shape)) for name, parameter in trainable.items()}
+    saved = get_peft_model_state_dict(skeleton, state_dict=live, save_embedding_layers=False)
+    assert len(saved) == len(live), "peft left trained tensors out of the adapter"
+
+    config = skeleton.peft_config["default"]
+    hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
+    config.base_model_name_or_path = hub.id if hub else str(job.base.resolve())
+    config.revision = hub.revision if hub else None
+    config.inference_mode = True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(job.out_dir)
+    save_file(saved, job.out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    (job.out_dir / "README.md").write_text(
+        _adapter_readme(config.base_model_name_or_path, hub is not None), encoding="utf-8"
+    )
+
+    written = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_adapter(job.out_dir, job.base, saved, dtype=job.dtype)
+
+
+def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    whole = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype, attn_implementation="eager")
+    adapted: Any = add_adapter(whole, adapter, seed=0)
+    trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    job.require_parameters(trainable)
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(job.trained(name, tuple(parameter.shape)))
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.float()  # peft's own merge, in fp32: one rounding instead of two, one matrix at a time
+                module.merge()
+                module.to(job.dtype)
+    merged: PreTrainedModel = adapted.unload()
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = False  # trained apart by modules_to_save; loading must not tie them again
+        merged.tie_weights()
+    saved = remove_tied_weights_from_state_dict(dict(merged.state_dict()), merged)
+    _write_config(job, merged)
+    written = write_shards(job.out_dir, merged, saved, saved.__getitem__)
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_model(job.out_dir, written, saved.keys(), saved.__getitem__, dtype=job.dtype)
+
+
+def write_shards(
+    out_dir: Path, model: PreTrainedModel, saved: dict[str, Tensor], value: Callable[[str], Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Write safetensors one shard at a time, as `save_pretrained` would name and split them.
+
+    Args:
+        out_dir: existing folder.
+        model: knows how its weights are called on disk (fused experts are stored one by one).
+        saved: what to write, in order; only shapes and dtypes are looked at.
+        value: makes one tensor, by its name in `saved`.
+
+    Returns:
+        names and shapes on disk.
+    """
+    split = split_torch_state_dict_into_shards(saved, max_shard_size=SHARD_SIZE)
+    written: dict[str, tuple[int, ...]] = {}
+    weight_map: dict[str, str] = {}
+    for file_name, names in split.filename_to_tensors.items():
+        shard = revert_weight_conversion(model, {name: value(name) for name in names})
+        save_file({k: v.contiguous() for k, v in shard.items()}, out_dir / file_name, metadata={"format": "pt"})
+        written.update({name: tuple(tensor.shape) for name, tensor in shard.items()})
+        weight_map.update(dict.fromkeys(shard, file_name))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (out_dir / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return written
+
+
+class _SafetensorsFolder:
+    """Tensors of an HF folder by name: the few that training does not touch."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def tensor(self, name: str) -> Tensor:
+        for path in sorted(self._folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118  not a mapping
+                    return file.get_tensor(name)
+        raise CheckpointError(
+            f"{name} is neither in the checkpoint nor in the base model",
+            at=str(self._folder),
+            why="the model keeps it beside its parameters, so it was not trained, and no safetensors file has it",
+            try_="give the base model the run was started from",
+        )
+
+
+def _write_config(job: _Export, model: PreTrainedModel) -> None:
+    model.config.dtype = str(job.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(job.out_dir)
+    has_own = (job.base / "generation_config.json").exists()
+    generation = GenerationConfig.from_pretrained(job.base) if has_own else model.generation_config
+    if generation is not None:
+        generation.save_pretrained(job.out_dir)
+
+
+def _base_folder(model: ModelSource, base_model_dir: Path | None) -> Path:
+    if base_model_dir is not None:
+        if (base_model_dir / "config.json").exists():
+            return base_model_dir
+        problem = f"{base_model_dir} has no config.json"
+    elif isinstance(model, Model):
+        if Path(model.id).is_dir():
+            return Path(model.id)
+        return Path(snapshot_download(model.id, revision=model.revision, ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
+    else:
+        problem = "no folder with the untrained weights was given"
+    raise CheckpointError(
+        "the base model of the export was not found",
+        at=str(base_model_dir),
+        why=problem,
+        try_="give the run's base_model folder, which is written when training starts",
+    )
+
+
+def _tokenizer_folder(model: ModelSource, base: Path, tokenizer_dir: Path | None) -> Path:
+    if tokenizer_dir is not None:
+        return tokenizer_dir
+    if isinstance(model, Model) and model.tokenizer is not None:
+        given = Path(model.tokenizer)
+        return (
+            given if given.is_dir() else Path(snapshot_download(model.tokenizer, allow_patterns=list(_TOKENIZER_FILES)))
+        )
+    return base
+
+
+def _copy_tokenizer(source: Path, out_dir: Path) -> None:
+    """Copied, not loaded and saved: the files stay what the data was tokenised with, byte for byte."""
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, out_dir / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, out_dir / path.name)
+
+
+def _adapter_readme(base: str, is_hub_id: bool) -> str:
+    front = f"base_model: {base}\n" if is_hub_id else ""
+    where = (
+        f"The base model is `{base}` on the hub."
+        if is_hub_id
+        else f"The base model is a local folder, written in `adapter_config.json` as an absolute path:\n`{base}`.\n"
+        "If it moves, load the base yourself and give it to `PeftModel.from_pretrained(base, this_folder)`,\n"
+        "or change `base_model_name_or_path`."
+    )
+    return f"---\n{front}library_name: peft\n---\n\n# LoRA adapter\n\nTrained with Farspan. {where}\n"
