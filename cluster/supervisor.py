@@ -76,7 +76,7 @@ def supervise(
         entry: `module:function` each rank calls with (spec, world, progress).
 
     Returns:
-        What the entry point returned on rank 0: a `farspan.trainer.sft.TrainResult`.
+        What the entry point returned on rank 0: a `farspan.trainer.world.TrainResult`.
 
     Raises:
         ClusterNotReady: no room for the gang.

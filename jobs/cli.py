@@ -140,13 +140,26 @@ def data(job: Job, overrides: Set = (), json: bool = False, samples: int = 1) ->
     return 0
 
 
-def doctor(address: Address = None) -> int:
-    """Check this machine or a cluster: memory, disk, limits, Ray; exit code 0 ready, 4 not."""
+def doctor(
+    address: Address = None,
+    output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs"),
+    json: bool = False,
+) -> int:
+    """Check this machine or a cluster: memory, disk, limits, Ray; exit code 0 ready, 4 not.
+
+    Args:
+        output_dir: Where run folders go: its disk is measured, and every node must be able to write there.
+        json: Print the facts as one JSON object instead, and always exit 0.
+    """
     from rich.console import Console
 
     from farspan.jobs.doctor import doctor as check
+    from farspan.jobs.doctor import facts
 
-    return check(address, console=Console())
+    if json:
+        print(to_json(facts(address, output_dir=output_dir), indent=2))
+        return 0
+    return check(address, console=Console(), output_dir=output_dir)
 
 
 def export(

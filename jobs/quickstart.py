@@ -14,7 +14,7 @@ from rich.console import Console
 from farspan.errors import FarspanError, RunFailed
 from farspan.jobs.run import RunResult, run
 from farspan.jobs.stdlib_llama import job
-from farspan.trainer.run_folder import RunFolder, write_json
+from farspan.trainer.run_folder import RunFolder
 
 PROMPT = "def __init__(self, "
 
@@ -24,23 +24,17 @@ def main() -> int:
     console = Console()
     try:
         result = run(job, clean=True, console=console)
-        entropy = check_learned(result, console)
-        write_json(
-            result.run_dir / "summary.json",
-            {"unigram entropy": entropy, "held-out loss": result.metrics["eval_loss"]},
-        )
+        check_learned(result, console)
         assert result.checkpoint is not None
         show_sample(result.checkpoint / "export", console)
     except FarspanError as error:
         console.print(str(error), highlight=False, markup=False)
         return error.exit_code
-    from farspan.jobs.report.build import write_report
-
-    console.print(f"report   {write_report(result.run_dir)}", highlight=False, soft_wrap=True)
+    console.print(f"report   {RunFolder(result.run_dir).report}", highlight=False, soft_wrap=True)
     return 0
 
 
-def check_learned(result: RunResult, console: Console) -> float:
+def check_learned(result: RunResult, console: Console) -> None:
     """Print held-out loss beside the unigram entropy of the training tokens, in nats per token.
 
     Raises:
@@ -60,7 +54,6 @@ def check_learned(result: RunResult, console: Console) -> float:
             why="a model that reads its context should be at least 0.5 nats better than token frequencies",
             try_="look at the loss in report.html; train longer with more optim.steps",
         )
-    return entropy
 
 
 def show_sample(export: Path, console: Console) -> None:

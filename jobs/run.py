@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from farspan.cluster.session import Session
-    from farspan.trainer.sft import TrainResult
+    from farspan.trainer.world import TrainResult
 
 _ONE_RANK = Machine(nodes=({"CPU": 1.0},), cpu_memory_bytes=2**30)
 """Stands in before Ray is there: contradictions inside a job do not depend on the machine."""
@@ -118,7 +118,9 @@ def _check_room(resolved: Resolved, session: Session) -> None:
 def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
     """Tokenise, or find the tokens of an earlier run."""
     from farspan.cluster.tokenise import map_tasks
+    from farspan.trainer.data.packing import check_lengths
     from farspan.trainer.data.prepare import prepare
+    from farspan.trainer.data.store import TokenStore
 
     train = resolved.train
     tokens_dir = prepare(
@@ -128,6 +130,7 @@ def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
         map_tasks=map_tasks,
         progress=lambda line: _say(console, "data", line),
     )
+    check_lengths(TokenStore(tokens_dir), train.data)
     return resolved.with_tokens(str(tokens_dir))
 
 

@@ -357,8 +357,10 @@ def test_a_value_changed_while_writing_is_noticed(tmp_path: Path, monkeypatch: p
     assert "differs from the checkpoint" in error.value.why
 
 
-@pytest.mark.parametrize("break_it", ["drop", "cast", "reshape"])
-def test_wrong_headers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: str) -> None:
+@pytest.mark.parametrize(
+    ("break_it", "said"), [("drop", "other names"), ("cast", "is BF16, not F32"), ("reshape", "has shape")]
+)
+def test_wrong_headers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: str, said: str) -> None:
     trained = Trained(tmp_path / "run", adapter=LoRA(rank=2))
 
     def save_wrongly(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -368,8 +370,9 @@ def test_wrong_headers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         save_file(rest | changed[break_it], path, metadata=metadata)
 
     monkeypatch.setattr(export, "save_file", save_wrongly)
-    with pytest.raises(CheckpointError, match="not what was saved"):
+    with pytest.raises(CheckpointError, match="not what was saved") as error:
         trained.export(tmp_path / "out")
+    assert said in error.value.why
 
 
 def test_an_adapter_that_does_nothing_is_refused(tmp_path: Path) -> None:

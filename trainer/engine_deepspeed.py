@@ -224,7 +224,7 @@ def _config(stage: int, precision: Precision, numel: int, *, offload: bool, pin_
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket // 10,
-        "stage3_param_persistence_threshold": min(_PERSISTENT_ELEMENTS, numel // 100),
+        "stage3_param_persistence_threshold": min(_PERSISTENT_ELEMENTS, numel // 20),
     }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,7 @@ from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.world import Progress, Silent, World
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a finished run ended."""
-
-    status: str
-    steps: int
-    last_record: dict[str, Any]
-    """Last line of `metrics.jsonl` (empty on ranks other than 0)."""
-    checkpoint: str
-    """Folder of the last complete checkpoint."""
+from farspan.trainer.world import Progress, Silent, TrainResult, World
 
 
 def train(spec: TrainSpec, world: World, progress: Progress | None = None) -> TrainResult:

@@ -46,6 +46,18 @@ class World:
         )
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """How a finished run ended."""
+
+    status: str
+    steps: int
+    last_record: dict[str, Any]
+    """Last line of `metrics.jsonl` (empty on ranks other than 0)."""
+    checkpoint: str
+    """Folder of the last complete checkpoint."""
+
+
 class Progress(Protocol):
     """What the core reports while it works; called on the training thread, so it must return at once."""
 
