@@ -10,11 +10,11 @@ from farspan import Checkpoint, Evaluate, Optim, Parallel, RandomModel, SFTJob, 
 
 job = SFTJob(
     name="stdlib-llama",
-    model=RandomModel(family="llama", hidden=256, layers=4, heads=8, kv_heads=4, ffn=688, vocab=4096),
+    model=RandomModel(family="llama", hidden=128, layers=2, heads=2, kv_heads=1, ffn=2048, vocab=1024),
     data=TextData("stdlib", context="8k", on_too_long="split"),
     precision="fp32",
     parallel=Parallel(sp=2, dp=1),
-    optim=Optim(lr=3e-3, steps=40, warmup_steps=4, schedule="wsd", weight_decay=0.1),
-    evaluate=Evaluate(every=20, max_tokens="32k"),
-    checkpoint=Checkpoint(every=20),
+    optim=Optim(lr=3e-3, steps=48, warmup_steps=3, schedule="wsd", weight_decay=0.1),
+    evaluate=Evaluate(every=24, max_tokens="16k"),
+    checkpoint=Checkpoint(every=24),
 )

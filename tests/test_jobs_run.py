@@ -57,6 +57,8 @@ def world(monkeypatch, tmp_path):
 
     monkeypatch.setattr("farspan.cluster.supervisor.supervise", supervise)
     monkeypatch.setattr("farspan.trainer.data.prepare.prepare", prepare)
+    monkeypatch.setattr("farspan.trainer.data.store.TokenStore", lambda path: path)
+    monkeypatch.setattr("farspan.trainer.data.packing.check_lengths", lambda store, data: None)
     monkeypatch.setattr("farspan.cluster.session.connect", connect)
     monkeypatch.setattr(run_module, "machine", lambda wait_s: Machine(({"CPU": 4.0},), 2**33))
     seen = SimpleNamespace(asked=asked, gang=None, monkeypatch=monkeypatch)
