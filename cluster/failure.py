@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from farspan.errors import ClusterNotReady, FarspanError, RunFailed
+from farspan.errors import ClusterNotReady, FarspanError, PeerLost, RunFailed
 
 TAIL_LINES = 20
 TAIL_BYTES = 65536
@@ -83,7 +83,7 @@ class RankFailure:
     @property
     def deterministic(self) -> bool:
         """True when doing the same again must end the same way."""
-        return self.error is not None and type(self.error) not in (RunFailed, ClusterNotReady)
+        return self.error is not None and type(self.error) not in (RunFailed, ClusterNotReady, PeerLost)
 
     def same_as(self, other: RankFailure | None) -> bool:
         """An ordinary exception that came back at the same place with the same words."""
@@ -96,6 +96,8 @@ class RankFailure:
 
 def raised_kind(summary: str, error: FarspanError | None) -> Kind:
     """Which kind an exception is, from its one-line summary."""
+    if isinstance(error, PeerLost):
+        return Kind.SYMPTOM
     if error is not None:
         return Kind.OURS
     return Kind.SYMPTOM if _ABOUT_A_PEER.search(summary) else Kind.RAISED

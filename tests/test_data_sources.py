@@ -201,7 +201,7 @@ def test_bad_paths(tmp_path: Path) -> None:
         (TextData("nowhere"), "there is no file"),
         (TextData(f"{tmp_path}/*.none"), "matches no file"),
         (TextData(str(tmp_path)), "is a folder"),
-        (TextData(()), "there is no data"),
+        (TextData(()), "there is no document to train on"),
         (TextData(f"{tmp_path}/latin.txt"), "not UTF-8"),
         (TextData(f"{tmp_path}/bad.parquet"), "not a readable parquet"),
         (TextData(f"{tmp_path}/torn.jsonl.gz"), "not a whole gzip"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from report_sample import HOSTILE, UNIGRAM, iso, step_record, write_sample
 
@@ -145,6 +145,7 @@ def test_trailing_mean_against_the_definition(values: list[float], window: int) 
         assert mean == pytest.approx(sum(share) / len(share), rel=1e-9, abs=1e-6)
 
 
+@example(1.0, 400401.0, 2)
 @given(st.floats(-1e6, 1e6), st.floats(1e-9, 1e6), st.integers(2, 8))
 def test_ticks_are_round_evenly_spaced_and_inside(low: float, span: float, about: int) -> None:
     high = low + span

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from farspan.errors import CheckpointError
+from farspan.errors import CheckpointError, PeerLost
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,7 +43,7 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-            raise CheckpointError(
+            raise PeerLost(
                 "another rank left while a checkpoint was agreed on",
                 at=f"rank {self.rank} of {self.count}",
                 why=str(error).split("\n", maxsplit=1)[0],

@@ -172,6 +172,8 @@ def ticks(low: float, high: float, about: int, *, whole: bool = False) -> list[T
         value = index * step
         text = f"{value:.0e}".replace("e-0", "e-") if decimals > 3 and value else f"{value:,.{min(decimals, 3)}f}"
         found.append(Tick(round((value - low) / (high - low) * 100, 3), text))
+    if not found and not whole:  # steps of 5 can straddle an axis that few ticks were asked for
+        return ticks(low, high, about + 1)
     return found
 
 

@@ -85,10 +85,10 @@ def enumerate_inputs(data: TextData | ChatData) -> Inputs:
     shards = [*file_shards(files), *shards]
     if not shards:
         raise DataError(
-            "there is no data",
+            "there is no document to train on",
             at=f"data.source = {data.source!r}",
-            why="the sources name 0 files",
-            try_="name at least one file, glob or `datasets` id in data.source",
+            why=f"{len(files)} files are named, and all of them are empty" if files else "the sources name 0 files",
+            try_="name at least one file with text, glob or `datasets` id in data.source",
         )
     digest, size_bytes = _files_fingerprint(files)
     fingerprint = hashlib.sha256(json.dumps([digest, versions]).encode()).hexdigest()

@@ -80,3 +80,7 @@ class NonFinite(RunFailed):
 
 class CheckpointError(RunFailed):
     """A checkpoint could not be written, read or trusted."""
+
+
+class PeerLost(CheckpointError):
+    """Another rank left while ranks agreed on a checkpoint: a symptom, whose cause is on the rank that left."""
