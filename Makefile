@@ -12,7 +12,7 @@ quickstart: install
 	$(BIN)/python -m farspan.jobs.quickstart
 
 test: install browser check
-	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/checks/run.py

@@ -100,9 +100,15 @@ def crash(spec: TrainSpec, world: World, progress: Progress) -> Result:
 
 def hang(spec: TrainSpec, world: World, progress: Progress) -> Result:
     """Rank 1 hangs in `forward`; rank 0 goes on to wait for it in `reduce`."""
-    progress.phase("forward", planned_s=0.1)
+    met = Path(spec.run_dir) / "rank-1-is-in-forward"
     if world.rank == 1:
+        progress.phase("forward", planned_s=0.1)
+        met.touch()
         time.sleep(60)
+    progress.phase("join", planned_s=60.0)  # on a busy machine rank 1 may be seconds behind
+    while not met.exists():
+        time.sleep(0.01)
+    progress.phase("forward", planned_s=0.1)
     progress.phase("reduce", planned_s=0.1)
     time.sleep(60)
     return _result(world)

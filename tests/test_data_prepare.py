@@ -187,11 +187,11 @@ def test_empty_documents_are_counted_and_an_empty_set_refused(tmp_path: Path) ->
     (tmp_path / "none.jsonl").write_text("")
     for source, why in (
         (f"{tmp_path}/[bc].txt", "2 documents were read"),
-        (f"{tmp_path}/none.jsonl", "0 files|0 docu"),
+        (f"{tmp_path}/none.jsonl", "every file named is empty"),
     ):
-        with pytest.raises(DataError, match=r"no data|is empty") as caught:
+        with pytest.raises(DataError, match=r"no document to train on") as caught:
             prepare(TextData(source), MODEL, Evaluate(), cache_root=tmp_path / "cache")
-        assert any(part in caught.value.why for part in why.split("|"))
+        assert why in caught.value.why
     assert len(entries(tmp_path / "cache")) == 1
 
 

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         precision: fp32
         parallel: {{sp: 2, dp: 1, zero: 0}}
         optim: {{lr: 1e-3, steps: {STEPS}}}
-        checkpoint: {{every: 4}}
+        checkpoint: {{every: 4, keep: 1}}
         evaluate: {{every: 7, max_tokens: 1k}}
         cluster: {{max_failures: 3}}
         """
@@ -97,7 +97,7 @@ def numbers(folder: RunFolder) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def calm(place: Path) -> list[tuple[Any, ...]]:
-    driver = Driver(place, "calm")
+    driver = Driver(place, "calm", "--set", "checkpoint.export=false")
     driver.finish()
     records = numbers(driver.folder)
     assert [record[0] for record in records] == list(range(1, STEPS + 1))
@@ -122,7 +122,7 @@ def test_a_rank_killed_during_a_checkpoint_and_another_in_a_step(place: Path, ca
 
 
 def test_the_driver_killed_and_resumed(place: Path, calm: list[tuple[Any, ...]]) -> None:
-    driver = Driver(place, "driver")
+    driver = Driver(place, "driver", "--set", "checkpoint.export=false")
     driver.wait_for(lambda: driver.folder.checkpoint(4).exists() and driver.done_steps() >= 5, "step 5")
     ranks = driver.ranks()
     assert len(ranks) == 2
@@ -130,7 +130,7 @@ def test_the_driver_killed_and_resumed(place: Path, calm: list[tuple[Any, ...]])
     driver.process.wait()
     _, alive = psutil.wait_procs(ranks, timeout=30)
     assert not alive, "ranks outlived their driver"
-    resumed = Driver(place, "driver", "--resume")
+    resumed = Driver(place, "driver", "--set", "checkpoint.export=false", "--resume")
     output = resumed.finish()
     assert "from step 4" in output or "from step 8" in output, output
     assert numbers(resumed.folder) == calm

@@ -82,9 +82,9 @@ def test_command(command: str, place: Path) -> None:
         rest += " --set optim.steps=3 --set data.context=512"
     elif rest.startswith("run") and "--resume" not in rest:
         # the quickstart has left this name in use: the README's reader runs it in a fresh folder
-        rest += " --clean --set optim.steps=3"
+        rest += " --clean --set optim.steps=3 --set data.context=512"
     elif rest.startswith("run"):
-        rest = rest.replace("optim.steps=60", "optim.steps=4")
+        rest = rest.replace("optim.steps=60", "optim.steps=4 --set data.context=512")
     assert run(f"{program} {rest}", place) or rest.startswith("-")
 
 

@@ -229,4 +229,4 @@ class TrainSpec(Schema):
     attempt: int = 1
     """1 at first, plus one for each restart; names the log folder."""
     planned_step_s: float | None = None
-    """Expected seconds of a step, for the watchdog; null until it is known."""
+    """Seconds of a step a memory plan expects, written beside the measured ones; null without a plan."""

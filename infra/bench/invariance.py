@@ -365,7 +365,8 @@ def main(arguments: list[str]) -> int:
 
 def _save(path: Path, done: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(done, indent=0) + "\n")
+    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(result)}" for key, result in done.items())
+    path.write_text(f"{{\n{rows}\n}}\n")
 
 
 def table(results: list[dict[str, Any]]) -> str:

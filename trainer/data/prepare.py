@@ -139,7 +139,7 @@ def _build(
     empty = sum(part.empty for part in parts)
     if len(lengths) == 0:
         raise DataError(
-            "the data set is empty",
+            "there is no document to train on",
             at=f"data.source = {data.source!r}",
             why=f"{empty} documents were read and all are empty" if empty else "0 documents were found in it",
             try_="name files that hold text",

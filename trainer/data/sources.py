@@ -87,7 +87,7 @@ def enumerate_inputs(data: TextData | ChatData) -> Inputs:
         raise DataError(
             "there is no document to train on",
             at=f"data.source = {data.source!r}",
-            why=f"{len(files)} files are named, and all of them are empty" if files else "the sources name 0 files",
+            why=f"every file named is empty ({len(files)} of {len(files)})" if files else "the sources name 0 files",
             try_="name at least one file with text, glob or `datasets` id in data.source",
         )
     digest, size_bytes = _files_fingerprint(files)
