@@ -1,10 +1,16 @@
-"""Order of the suite: files that start a Ray take minutes, so they come first and two workers end together."""
+"""Order of the suite: files whose tests are allowed the most time come first, so that two workers end together."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    slow_files = {item.path for item in items if item.get_closest_marker("ray") is not None}
-    items.sort(key=lambda item: item.path not in slow_files)
+    allowed_s: dict[Path, float] = defaultdict(float)
+    for item in items:
+        timeout, ray = item.get_closest_marker("timeout"), item.get_closest_marker("ray")
+        allowed_s[item.path] = max(allowed_s[item.path], timeout.args[0] if timeout else 300.0 if ray else 0.0)
+    items.sort(key=lambda item: -allowed_s[item.path])

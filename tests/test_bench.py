@@ -1,0 +1,28 @@
+"""The benchmarks run end to end at toy size, by the command a user types; their numbers are not judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+def test_sft_beside_trl_and_a_bare_loop(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
+    out = tmp_path / "sft.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "farspan.jobs", "bench", "sft", "--toy", "--out", str(out)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())["cells"]
+    assert {key.split("/")[2] for key in cells} == {"farspan-1", "farspan-2", "trl", "bare"}
+    losses = {key: cell["loss"] for key, cell in cells.items()}
+    assert max(losses.values()) - min(losses.values()) < 0.1, losses  # the same model on tokens of the same kind
+    assert "| 256 | farspan-2 |" in out.with_suffix(".md").read_text()
