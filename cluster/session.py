@@ -77,13 +77,6 @@ def connect(address: str | None = None, *, dashboard: bool = False, num_cpus: in
     return _join(address)
 
 
-def cluster_has_gpus() -> bool:
-    """True when a node of the connected cluster offers a GPU."""
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0.0) >= 1.0
-
-
 def worker_python_path() -> str:
     """PYTHONPATH for workers on this machine: ours first, so that they import the same farspan as we do."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)

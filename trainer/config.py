@@ -228,5 +228,3 @@ class TrainSpec(Schema):
     track: Track
     attempt: int = 1
     """1 at first, plus one for each restart; names the log folder."""
-    planned_step_s: float | None = None
-    """Seconds of a step a memory plan expects, written beside the measured ones; null without a plan."""

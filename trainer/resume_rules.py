@@ -57,7 +57,6 @@ RULES: dict[str, tuple[Rule, str]] = {
     "evaluate.share": ("fixed", "documents would move between training and validation"),
     "track": ("free", "where metrics go"),
     "attempt": ("free", "counts starts"),
-    "planned_step_s": ("free", "only the watchdog reads it"),
 }
 
 

@@ -223,7 +223,7 @@ class Trainer:
         record |= {
             "step_s": step_s,
             "tokens_per_s": record["tokens"] / max(step_s - parts_s.get("evaluate", 0.0), 1e-9),
-            "plan_step_s": self.spec.planned_step_s,
+            "plan_step_s": None,
             "plan_device_peak_bytes": None,
             "disk_bytes": 0,
             "stall_s": {"checkpoint": parts_s.get("checkpoint", 0.0)},
