@@ -185,7 +185,9 @@ def export(
     return 0
 
 
-def bench(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="sft or invariance.")]) -> int:
+def bench(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="sft, invariance or disk.")],
+) -> int:
     """Run a benchmark of infra/bench; what follows its name goes to it."""
     return _bench(name, ())
 

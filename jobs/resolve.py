@@ -17,6 +17,7 @@ from farspan.errors import JobError
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
+from farspan.memory.plan import Placement, checkpoint_every_layer
 from farspan.trainer.config import LoRA, Mesh, TrainSpec
 
 MIN_ROWS = 2048
@@ -134,6 +135,7 @@ class _Resolution:
             warmup_steps=self.warmup_steps,
             optim=optim,
             memory=job.memory,
+            placement=self._placement(),
             checkpoint=job.checkpoint,
             evaluate=job.evaluate,
             track=job.track,
@@ -280,6 +282,12 @@ class _Resolution:
         if weights + state // world_size <= memory // 2:
             return 2, f"{sums}: weights and 1/{world_size} of the state take less than half"
         return 3, f"{sums}: weights and 1/{world_size} of the state take more than half"
+
+    def _placement(self) -> Placement | None:
+        if self.job.memory.plan == "keep":
+            return None
+        rows = -(-self.job.data.context // self.sp)
+        return checkpoint_every_layer(self.facts.layers, rows=rows, attention_rows=rows * self.sp)
 
     def _adapter(self) -> Any:
         adapter = self.job.adapter

@@ -67,7 +67,7 @@ def ulysses_attention(rank: int, shapes: list[tuple[int, int, int]]) -> dict[Any
         rows = q.shape[2] // sp
         mine = [x[:, :, rank * rows : (rank + 1) * rows].clone().requires_grad_() for x in (q, k, v)]
         ulysses = Ulysses(groups[sp])
-        out = causal_attention(*ulysses.to_heads(*mine), lengths=lengths, scale=0.3)
+        out, _ = causal_attention(*ulysses.to_heads(*mine), lengths=lengths, scale=0.3)
         out = ulysses.to_rows(out, heads, kv_heads)
         (out * weights(heads)[:, :, rank * rows : (rank + 1) * rows]).sum().backward()
         results[heads, kv_heads, sp] = [out.detach(), *(x.grad for x in mine)]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from farspan.errors import JobError
 from farspan.memory.config import MemoryBudget
+from farspan.memory.plan import Placement, checkpoint_every_layer
 from farspan.trainer import tiling
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.config import FullFineTune, LoRA, RandomModel
@@ -20,7 +21,8 @@ from farspan.trainer.models import add_adapter, load_model, prepare_model, write
 
 FAMILIES = get_args(RandomModel.model_fields["family"].annotation)
 CPU = torch.device("cpu")
-TILED = MemoryBudget(plan="recompute", mlp_tile=16, loss_tile=32)
+TILED = MemoryBudget(mlp_tile=16, loss_tile=32)
+REBUILT = checkpoint_every_layer(2, rows=70, attention_rows=70)
 
 
 def folder_of(tmp_path: Path, family: str, **changes: Any) -> Path:
@@ -46,7 +48,11 @@ def compare(got: dict[str, Any], want: dict[str, Any], rtol: float) -> None:
 
 def ours(folder: Path, adapter: Any, memory: MemoryBudget, fill: Any = None) -> tuple[float, dict[str, Any]]:
     module, trainable = prepare_model(
-        load_model(str(folder), revision=None, dtype=torch.float32, device=CPU), adapter=adapter, memory=memory, seed=3
+        load_model(str(folder), revision=None, dtype=torch.float32, device=CPU),
+        adapter=adapter,
+        memory=memory,
+        seed=3,
+        placement=REBUILT if memory is TILED else None,
     )
     if fill is not None:
         fill(trainable)
@@ -102,26 +108,28 @@ def test_lora_with_a_whole_module_and_named_targets(tmp_path: Path) -> None:
         compare(got, want, 5e-6)
 
 
-@pytest.mark.parametrize("plan", ["keep", "recompute"])
+@pytest.mark.parametrize("placement", [None, REBUILT], ids=["keep", "rebuild"])
 def test_adapter_dropout_is_the_same_in_the_recomputed_forward(
-    plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    placement: Placement | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, tiles and layers that run again must replay their masks: compared with tiles that run once."""
     folder = folder_of(tmp_path, "llama")
     memory = MemoryBudget(mlp_tile=16, loss_tile=32)
 
-    def gradients(memory: MemoryBudget) -> dict[str, Any]:
+    def gradients(placement: Placement | None = None) -> dict[str, Any]:
         causal = load_model(str(folder), revision=None, dtype=torch.float32, device=CPU)
-        module, trainable = prepare_model(causal, adapter=LoRA(rank=4, dropout=0.5), memory=memory, seed=0)
+        module, trainable = prepare_model(
+            causal, adapter=LoRA(rank=4, dropout=0.5), memory=memory, seed=0, placement=placement
+        )
         ids, labels = sequence()
         torch.manual_seed(11)
         module(ids, labels, torch.arange(70)[None], PackedSequence((70,))).backward()
         return {name: p.grad for name, p in trainable.items() if "lora_B" in name}
 
-    got = gradients(memory.model_copy(update={"plan": plan}))
+    got = gradients(placement)
     kept = lambda x, anchor, call, rows, mlp: torch.cat([call(tile) for tile in x.split(rows, dim=1)], dim=1)  # noqa: E731
     monkeypatch.setattr(tiling, "_TiledRows", SimpleNamespace(apply=kept))
-    compare(got, gradients(memory), 1e-5)
+    compare(got, gradients(), 1e-5)
 
 
 def test_an_unknown_target_module_names_real_ones(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_outputs_and_gradients_equal_the_whole_attention() -> None:
     for heads, kv_heads, sp in SHAPES:
         q, k, v, lengths = attention_inputs(heads, kv_heads)
         whole = [x.requires_grad_() for x in (q, k, v)]
-        out = causal_attention(*whole, lengths=lengths, scale=0.3)
+        out, _ = causal_attention(*whole, lengths=lengths, scale=0.3)
         (out * weights(heads)).sum().backward()
         for index, want in enumerate([out.detach(), *(x.grad for x in whole)]):
             got = torch.cat([results[rank][heads, kv_heads, sp][index] for rank in range(sp)], dim=2)

@@ -1,4 +1,4 @@
-"""How attention enters an unmodified transformers model: one registration, composed as Ulysses(kernel).
+"""How attention enters an unmodified transformers model: one registration, composed as Ulysses(frame(kernel)).
 
 Every attention layer of transformers looks its function up by the model's `attn_implementation`. Ours is registered as
 `farspan`; what it must know of the pack (document lengths, the sp group) travels in the model's keyword arguments as
@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from farspan.errors import JobError
-from farspan.kernels.attention import causal_attention
+from farspan.memory.frame import attention, known_output
 from farspan.trainer.parallel.ulysses import Ulysses
 
 NAME = "farspan"
@@ -66,15 +67,19 @@ def attend(
     if dropout or softcap is not None or s_aux is not None:
         asked = "attention dropout" if dropout else "a soft cap" if softcap is not None else "attention sinks"
         raise _unsupported(module, f"asks for {asked}")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embedding leaves q and k in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads, kv_heads = query.shape[1], key.shape[1]
     ulysses, lengths = packed_sequence.ulysses, packed_sequence.lengths
+    rest: Any = {"lengths": lengths, "scale": scale, "window": sliding_window}
     if ulysses is None:
-        out = causal_attention(query, key, value, lengths=lengths, scale=scale, window=sliding_window)
-    else:
-        query, key, value = ulysses.to_heads(query, key, value)
-        out = causal_attention(query, key, value, lengths=lengths, scale=scale, window=sliding_window)
-        out = ulysses.to_rows(out, heads, kv_heads)
+        return attention(query, key, value, **rest).transpose(1, 2), None
+    out = known_output()
+    if out is None:
+        out = attention(*ulysses.to_heads(query, key, value), **rest)
+    out = ulysses.to_rows(out, heads, kv_heads)
     return out.transpose(1, 2), None
 
 

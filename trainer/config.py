@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from farspan.memory.config import MemoryBudget
+from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Schema
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -223,6 +224,8 @@ class TrainSpec(Schema):
     warmup_steps: int = Field(ge=0)
     optim: Optim
     memory: MemoryBudget
+    placement: Placement | None = None
+    """What each decoder layer stores and where; None: autograd's own way."""
     checkpoint: Checkpoint
     evaluate: Evaluate
     track: Track

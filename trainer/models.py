@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,17 @@ from transformers.utils import logging as transformers_logging
 
 from farspan.errors import JobError
 from farspan.memory.config import MemoryBudget
+from farspan.memory.executor import Executor
+from farspan.memory.plan import Placement
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.config import FullFineTune, LoRA, Model, Precision, RandomModel, TrainSpec
 from farspan.trainer.loss import LossHead
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.tiling import tile_mlp
+
+if TYPE_CHECKING:
+    from farspan.memory.tiers import Store
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -123,6 +128,9 @@ def zero3(active: bool, device: torch.device) -> Iterator[None]:
 class CausalLMLoss(nn.Module):
     """What the loop calls: one pack's rows in, the sum of their token losses out."""
 
+    executor: Executor | None = None
+    """Carries out the memory plan; None where autograd keeps everything."""
+
     def __init__(self, model: nn.Module, causal: PreTrainedModel, *, loss_tile: int) -> None:
         super().__init__()
         self.model = model
@@ -147,6 +155,12 @@ class CausalLMLoss(nn.Module):
             .last_hidden_state
         )
         return self.head(hidden.flatten(0, 1), labels.flatten())
+
+
+def _normed_after(causal: PreTrainedModel) -> bool:
+    """Whether a norm follows the MLP, so that a rebuild needs the values of its last matmul (OLMo 2, Gemma)."""
+    names = ("post_feedforward_layernorm", "post_mlp_layernorm")
+    return any(hasattr(layer, name) for layer in decoder_layers(causal) for name in names)
 
 
 def _projection(causal: PreTrainedModel) -> nn.Linear:
@@ -212,27 +226,24 @@ def _linear_names(model: nn.Module) -> list[str]:
     return sorted(names - {"lm_head"})
 
 
-def recompute_layers(model: nn.Module) -> None:
-    """Store only layer inputs; each layer runs again in backward (transformers' own hook, torch's own checkpoint)."""
-    from torch.utils.checkpoint import checkpoint
-
-    def run(call: Any, *inputs: Any) -> Any:
-        return checkpoint(call, *inputs, use_reentrant=False)
-
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = run
-
-
 def prepare_model(
-    causal: PreTrainedModel, *, adapter: LoRA | FullFineTune, memory: MemoryBudget, seed: int
+    causal: PreTrainedModel,
+    *,
+    adapter: LoRA | FullFineTune,
+    memory: MemoryBudget,
+    seed: int,
+    placement: Placement | None = None,
+    store: Store | None = None,
 ) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
     """Apply everything a job asks for to a loaded model.
 
     The order: adapters first, since they replace linear layers; then the MLP tiles, which wrap the layers as they are
-    by then; then the recomputation of whole layers, which contain tiles; the loss head last, since an adapter may have
-    swapped the projection it shares.
+    by then; then the executor, which rebuilds whole layers, tiles included; the loss head last, since an adapter may
+    have swapped the projection it shares.
+
+    Args:
+        placement: what each layer stores; None: autograd's own way.
+        store: host and disk, for a placement that uses them.
 
     Returns:
         the module whose forward is the loss, and its trainable parameters by name.
@@ -240,20 +251,36 @@ def prepare_model(
     model = add_adapter(causal, adapter, seed=seed)
     if memory.mlp_tile != "off":
         tile_mlp(model, memory.mlp_tile)
-    if memory.plan == "recompute":
-        recompute_layers(model)
+    executor = None
+    if placement is not None and not placement.keeps_everything:
+        executor = Executor(decoder_layers(causal), placement, store, hollow=not _normed_after(causal))
     module = CausalLMLoss(model, causal, loss_tile=memory.loss_tile)
+    module.executor = executor
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     module.train()
     return module, trainable
 
 
-def build(spec: TrainSpec, device: torch.device) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
+def decoder_layers(causal: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, bottom first: what a plan counts."""
+    return [layer for layer in causal.get_decoder().modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def build(
+    spec: TrainSpec, device: torch.device, store: Store | None = None
+) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
     """Load the job's model on this rank and prepare it; models made on the spot must have been written before."""
     source, revision = base_source(spec)
     with zero3(spec.zero == 3, device):
         causal = load_model(source, revision=revision, dtype=DTYPES[spec.precision], device=device)
-        return prepare_model(causal, adapter=spec.adapter, memory=spec.memory, seed=spec.optim.seed)
+        return prepare_model(
+            causal,
+            adapter=spec.adapter,
+            memory=spec.memory,
+            seed=spec.optim.seed,
+            placement=spec.placement,
+            store=store,
+        )
 
 
 def base_source(spec: TrainSpec) -> tuple[str, str | None]:

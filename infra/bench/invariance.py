@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,6 +41,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 RESULTS = Path(__file__).parent / "results"
 ALLOWED_RATIO = 2.0
+LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _model_folder(case: Case, root: Path) -> Path:
         model = RandomModel(
             family=case.family,  # type: ignore[arg-type]
             hidden=16 * case.heads[0],
-            layers=2,
+            layers=LAYERS,
             heads=case.heads[0],
             kv_heads=case.heads[1],
             ffn=160,
@@ -243,19 +245,21 @@ class Rank:
         import torch.distributed as dist
 
         from farspan.memory.config import MemoryBudget
+        from farspan.memory.plan import checkpoint_every_layer
         from farspan.trainer.batch import rows_of
         from farspan.trainer.config import Optim
         from farspan.trainer.engine import make_engine
         from farspan.trainer.models import load_model, prepare_model, zero3
         from farspan.trainer.parallel.ulysses import Ulysses
 
-        plan = MemoryBudget(loss_tile=64)
+        memory, placement = MemoryBudget(loss_tile=64), None
         if case.memory != "keep":
-            plan = MemoryBudget(plan="recompute", loss_tile=64, mlp_tile=32)
+            memory = MemoryBudget(loss_tile=64, mlp_tile=32)
+            placement = checkpoint_every_layer(LAYERS, rows=256, attention_rows=256)
         folder = _model_folder(case, self.root)
         with zero3(case.zero == 3, grid.device):
             causal = load_model(str(folder), revision=None, dtype=torch.float32, device=grid.device)
-        module, trainable = prepare_model(causal, adapter=_adapter(case), memory=plan, seed=0)
+        module, trainable = prepare_model(causal, adapter=_adapter(case), memory=memory, seed=0, placement=placement)
         _fill_lora_b(list(trainable.items()))
         engine = make_engine(module, trainable, Optim(), grid, zero=case.zero, precision="fp32")  # type: ignore[arg-type]
         ulysses = Ulysses(grid.sp_group) if grid.sp_group is not None else None
@@ -275,6 +279,10 @@ class Rank:
 
 
 def _serve(rank: int, world_size: int, port: int, root: Path, pipe: Connection) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         member = Rank(rank, world_size, port, root)
         while (case := pipe.recv()) is not None:

@@ -1,0 +1,100 @@
+"""Rows of a tensor on several tiers, put down after forward and taken up again in backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from farspan.memory.plan import Rows
+
+if TYPE_CHECKING:
+    from farspan.memory.tiers import Store, Stored
+
+
+class DeviceLedger:
+    """Bytes the tape holds on the device."""
+
+    def __init__(self) -> None:
+        self.bytes = self.peak_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+
+class TieredRows:
+    """The last rows of a tensor, each span on its tier.
+
+    Args:
+        tensor: [B, rows, ...]; a whole tensor that stays on the device is held as it is, not copied.
+        rows: how many rows go where; more than the tensor has are cut, the disk's first.
+        store: host and disk; needed where `rows` names them.
+        label: what it is, for errors and traces.
+    """
+
+    def __init__(self, tensor: Tensor, rows: Rows, store: Store | None, ledger: DeviceLedger, label: str = "") -> None:
+        count = tensor.shape[1]
+        spans = rows.fit(count).spans(count)
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.first = min((first for first, _ in spans.values()), default=count)
+        self._ledger, self._store = ledger, store
+        self._kept: Tensor | None = None
+        self._whole: Tensor | None = None
+        self._kept_span = spans.get("device", (count, count))
+        self._away: list[tuple[tuple[int, int], Stored]] = []
+        for tier, (first, end) in spans.items():
+            if tier == "device":
+                # a slice would pin the storage of the whole
+                self._kept = tensor if end - first == count else tensor[:, first:end].clone()
+                ledger.add(self._kept_bytes())
+            else:
+                assert store is not None, "a plan that offloads needs a store"
+                rows_there = tensor[:, first:end].contiguous()
+                self._away.append(((first, end), store.put(tier, rows_there, label=label)))
+
+    def fetch(self) -> None:
+        """Start bringing back what is away, into the tensor that `take` will return."""
+        if self._away and self._whole is None:
+            self._whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for (first, end), stored in self._away:
+                assert self._store is not None
+                target = self._whole[:, first:end]
+                if target.is_contiguous():
+                    self._store.fetch(stored, out=target)
+
+    def take(self) -> Tensor:
+        """The tensor with the stored rows in place; rows before `first` are not initialised. Releases what was held.
+
+        The result may be the very tensor that was put down.
+        """
+        if self._kept is not None and self._kept.shape == self.shape:
+            whole = self._kept
+        else:
+            self.fetch()
+            whole = self._whole
+            if whole is None:
+                whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            if self._kept is not None:
+                whole[:, self._kept_span[0] : self._kept_span[1]] = self._kept
+            for (first, end), stored in self._away:
+                assert self._store is not None
+                self._store.get(stored, out=whole[:, first:end])
+        self.free()
+        return whole
+
+    def free(self) -> None:
+        """Release every tier."""
+        if self._kept is not None:
+            self._ledger.add(-self._kept_bytes())
+            self._kept = None
+        for _, stored in self._away:
+            assert self._store is not None
+            self._store.free(stored)
+        self._away.clear()
+        self._whole = None
+
+    def _kept_bytes(self) -> int:
+        assert self._kept is not None
+        return self._kept.untyped_storage().nbytes()

@@ -1,0 +1,143 @@
+"""Small models that run one step under a placement and hand back every bit. Not a test module: ranks import it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from farspan.memory.executor import Executor
+from farspan.memory.plan import LayerPlan, Placement, Rows
+from farspan.trainer.attention import NAME, PackedSequence
+from farspan.trainer.config import FullFineTune, LoRA, Mesh, Optim, RandomModel
+from farspan.trainer.engine import make_engine
+from farspan.trainer.models import DTYPES, CausalLMLoss, add_adapter, random_config, zero3
+from farspan.trainer.parallel.mesh import RankGrid, form_groups
+from farspan.trainer.parallel.ulysses import Ulysses
+
+LAYERS, VOCAB = 4, 300
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Model:
+    """A random causal model with an adapter, and its loss."""
+
+    def __init__(
+        self,
+        family: str = "llama",
+        *,
+        precision: str = "fp32",
+        adapter: LoRA | FullFineTune | None = None,
+        kv_heads: int = 2,
+        attention: str = NAME,
+        **changed: Any,
+    ) -> None:
+        adapter = adapter or FullFineTune()
+        shape = RandomModel(family=family, hidden=64, layers=LAYERS, heads=4, kv_heads=kv_heads, ffn=160, vocab=VOCAB)  # type: ignore[arg-type]
+        config = random_config(shape, context=4096, eos_id=0, pad_id=1)
+        config.update(changed)
+        dtype = DTYPES[precision]  # type: ignore[index]
+        torch.manual_seed(0)
+        self.causal = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        self.model = add_adapter(self.causal, adapter, seed=1)
+        for index, (name, parameter) in enumerate(sorted(self.model.named_parameters())):
+            if "lora_B" in name and parameter.numel():  # starts at zero, which would make A's gradient zero too
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                parameter.data.copy_(drawn * 0.05)
+        self.loss = CausalLMLoss(self.model, self.causal, loss_tile=512)
+        self.loss.train()
+
+    @property
+    def layers(self) -> list[Any]:
+        return list(self.causal.get_decoder().layers)
+
+    def trainable(self) -> dict[str, Any]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradients(self, lengths: list[int], *, micro_batches: int = 2) -> dict[str, Tensor]:
+        """Losses and accumulated gradients by name."""
+        for p in self.model.parameters():
+            p.grad = None
+        found = {}
+        for micro in range(micro_batches):
+            loss = self.forward(lengths, micro)
+            loss.backward()
+            found[f"loss {micro}"] = loss.detach()
+        return found | {name: p.grad.clone() for name, p in self.trainable().items() if p.grad is not None}
+
+    def forward(self, lengths: list[int], micro: int) -> Tensor:
+        torch.manual_seed(100 + micro)
+        ids, positions = tokens(lengths)
+        return self.loss(ids, ids.roll(-1, 1), positions, PackedSequence(tuple(lengths)))
+
+
+def tokens(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(2, VOCAB, (1, sum(lengths)))
+    return ids, torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+def differing(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
+    """Names whose bits are not the same in both."""
+    return [n for n in {*got, *want} if n not in got or n not in want or not torch.equal(got[n], want[n])]
+
+
+def segments(k: int, o_share: float, rows: int, *, attention_rows: int | None = None, **rest: Any) -> Placement:
+    """Inputs every k layers and the last `o_share` of O, all on the device."""
+    S = attention_rows or rows
+    plans = (
+        LayerPlan(x=Rows(device=rows) if index % k == 0 else None, o=Rows(device=round(o_share * S)))
+        for index in range(LAYERS)
+    )
+    return Placement(rows=rows, attention_rows=S, layers=tuple(plans), **rest)
+
+
+def on_rank(rank: int, cases: list[dict[str, Any]]) -> list[list[str]]:
+    """For each case the names that differ between `keep` and the placements, on this rank of a gloo world."""
+    return [_compare(rank, **case) for case in cases]
+
+
+def _compare(
+    rank: int,
+    *,
+    family: str,
+    precision: str,
+    lora: bool,
+    mesh: tuple[int, int],
+    zero: int,
+    lengths: list[int],
+    placements: list[Placement],
+) -> list[str]:
+    grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
+    runs = [_step(grid, family, precision, lora, zero, lengths, p) for p in (None, *placements)]
+    return [f"{index}: {name}" for index, run in enumerate(runs[1:]) for name in differing(run, runs[0])]
+
+
+def _step(
+    grid: RankGrid, family: str, precision: str, lora: bool, zero: int, lengths: list[int], placement: Placement | None
+) -> dict[str, Tensor]:
+    """Two micro-batches through an engine: losses, whole gradients, and the weights after the update."""
+    with zero3(zero == 3, grid.device) if zero == 3 else contextlib.nullcontext():
+        made = Model(family, precision=precision, adapter=LoRA(rank=4) if lora else None)
+    executor = Executor(made.layers, placement) if placement is not None else None
+    engine = make_engine(made.loss, made.trainable(), Optim(lr=1e-2), grid, zero=zero, precision=precision)  # type: ignore[arg-type]
+    ulysses = Ulysses(grid.sp_group) if grid.sp_group is not None else None
+    sp, found = grid.mesh.sp, {}
+    for micro in range(2):
+        torch.manual_seed(100 + 10 * micro + grid.dp_index)
+        ids, positions = tokens(lengths)
+        labels = ids.roll(-1, 1)
+        mine = [x.chunk(sp, 1)[grid.sp_index] for x in (ids, labels, positions)]
+        loss = engine.module(*mine, PackedSequence(tuple(lengths), ulysses))
+        found[f"loss {micro}"] = loss.detach().clone()
+        engine.backward(loss / 1000, last=micro == 1)
+    found |= {name: gradient.clone() for name, gradient in engine.full_gradients().items()}
+    engine.step(lr=1e-2, clip_norm=1.0)
+    found |= {f"{f.name} {f.kind}": f.tensor.clone() for f in engine.fragments()}
+    engine.close()
+    assert executor is None or executor.ledger.bytes == 0, "the tape is empty after backward"
+    dist.barrier()
+    return found
