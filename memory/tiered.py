@@ -73,9 +73,8 @@ class TieredRows:
             whole = self._kept
         else:
             self.fetch()
-            whole = self._whole
-            if whole is None:
-                whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            fetched = self._whole
+            whole = torch.empty(self.shape, dtype=self.dtype, device=self.device) if fetched is None else fetched
             if self._kept is not None:
                 whole[:, self._kept_span[0] : self._kept_span[1]] = self._kept
             for (first, end), stored in self._away:
