@@ -37,6 +37,7 @@ Address = Annotated[
 
 DESCRIPTION = f"""Farspan {farspan.__version__}: fine-tune language models on sequences that do not fit, on Ray.
 
+$ farspan plan job.py                       does it fit, how long does a step take
 $ farspan run job.py                        train on this machine
 $ farspan run job.py --set optim.lr=3e-5    with one value changed
 $ farspan run job.yaml --address host:6379  on a Ray cluster
@@ -61,6 +62,27 @@ def run(job: Job, overrides: Set = (), address: Address = None, resume: bool = F
     loaded = load(job, overrides)
     train(loaded.job, address=address, resume=resume, clean=clean, loaded=loaded, console=Console())
     return 0
+
+
+def plan(job: Job, overrides: Set = (), json: bool = False, longest: bool = False) -> int:
+    """Will it fit, how long does a step take, what is stored where; starts nothing. Exit code 3: does not fit.
+
+    Args:
+        json: Print one JSON object instead.
+        longest: Find the longest context that fits, too.
+    """
+    from rich.console import Console
+
+    from farspan.jobs.load import load
+    from farspan.jobs.plan_view import plan_beside, show
+    from farspan.jobs.plan_view import to_json as plan_json
+
+    planned, tokens = plan_beside(load(job, overrides), longest=longest)
+    if json:
+        print(to_json(plan_json(planned, longest_tokens=tokens), indent=2))
+    else:
+        show(planned, console=Console(), longest_tokens=tokens)
+    return 0 if planned.prediction.fits else 3
 
 
 def report(run: Run) -> int:
@@ -193,6 +215,7 @@ def bench(
 
 
 VERBS: dict[str, Callable[..., Any]] = {
+    "plan": plan,
     "run": run,
     "submit": submit,
     "data": data,

@@ -8,12 +8,16 @@ imported only then.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from farspan.errors import ClusterNotReady, JobError
+from farspan.jobs.config import SFTJob
+from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.trainer.config import FullFineTune, LoRA, Model, RandomModel
 
 
@@ -27,6 +31,8 @@ class Machine:
     """Memory that Ray offers, all nodes together."""
     gpu_memory_bytes: int = 0
     """Memory of one GPU."""
+    gpu_name: str = ""
+    """Its name, as CUDA gives it."""
 
     @property
     def gpus(self) -> float:
@@ -46,6 +52,10 @@ class ModelFacts:
     vocab: int
     tied: bool
     experts: int = 1
+    family: str = "llama"
+    """`model_type` in transformers."""
+    windows: tuple[int | None, ...] = (None,)
+    """Rows each layer's queries look back on, bottom first; None: all. A single one stands for every layer."""
 
     def linears(self) -> dict[str, int]:
         """Inputs plus outputs of each linear layer of one block: what a LoRA of rank 1 adds, by module name."""
@@ -96,6 +106,8 @@ def model_facts(model: Model | RandomModel) -> ModelFacts:
             ffn=model.ffn,
             vocab=model.vocab,
             tied=model.tie_embeddings,
+            family=model.family,
+            windows=(_DEFAULT_WINDOWS.get(model.family),),
         )
     folder = Path(model.id).expanduser()
     if folder.is_dir():
@@ -153,6 +165,9 @@ def _ask_transformers(model: Model) -> dict[str, Any]:
     return config
 
 
+_DEFAULT_WINDOWS = {"mistral": 4096}
+"""Of families made on the spot whose configuration in transformers has a window by default."""
+
 _NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -186,7 +201,18 @@ def _from_config(config: dict[str, Any], name: str) -> ModelFacts:
         vocab=int(found["vocab"] or 0),
         tied=bool(config.get("tie_word_embeddings", False)),
         experts=experts,
+        family=str(config.get("model_type", "llama")),
+        windows=_windows(config, int(found["layers"] or 0)),
     )
+
+
+def _windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Sliding windows as transformers reads them: by layer type, or for all layers unless switched off."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds = config.get("layer_types")
+    if window is None or not kinds:
+        return (window,)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
 
 
 def machine(*, wait_s: float) -> Machine:
@@ -201,25 +227,30 @@ def machine(*, wait_s: float) -> Machine:
     import ray
 
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    gpu_name, gpu_memory_bytes = "", 0
+    if any(node.get("GPU", 0.0) >= 1 for node in nodes):
+        gpu_name, gpu_memory_bytes = _ask_gpu(wait_s)
     return Machine(
         nodes=nodes,
         cpu_memory_bytes=int(sum(node.get("memory", 0.0) for node in nodes)),
-        gpu_memory_bytes=_gpu_memory_bytes(wait_s) if any(node.get("GPU", 0.0) >= 1 for node in nodes) else 0,
+        gpu_memory_bytes=gpu_memory_bytes,
+        gpu_name=gpu_name,
     )
 
 
-def _gpu_memory_bytes(wait_s: float) -> int:
-    """Ray knows how many GPUs there are, not how large; so one of them is asked."""
+def _ask_gpu(wait_s: float) -> tuple[str, int]:
+    """Name and memory: Ray knows how many GPUs there are, not what they are; so one of them is asked."""
     import ray
 
-    def ask() -> int:
+    def ask() -> tuple[str, int]:
         import torch
 
-        return int(torch.cuda.get_device_properties(0).total_memory)
+        properties = torch.cuda.get_device_properties(0)
+        return str(properties.name), int(properties.total_memory)
 
     answer = ray.remote(num_cpus=0, num_gpus=0.01, max_retries=0)(ask).remote()
     try:
-        return int(ray.get(answer, timeout=wait_s))
+        name, memory_bytes = ray.get(answer, timeout=wait_s)
     except ray.exceptions.GetTimeoutError as problem:
         raise ClusterNotReady(
             "no GPU is free",
@@ -227,3 +258,43 @@ def _gpu_memory_bytes(wait_s: float) -> int:
             why=f"a task that reads the memory of a GPU waited {wait_s:g} s; the others hold all GPUs",
             try_="wait for them, or --set cluster.use_gpu=false",
         ) from problem
+    return name, memory_bytes
+
+
+def machine_beside(job: SFTJob) -> Machine:
+    """What to resolve a job for when nothing is to be started: this machine, or the one named in `memory.hardware`."""
+    import psutil
+
+    asked = job.memory.hardware
+    if asked not in ("auto", "cpu"):
+        hardware = load_hardware(asked)
+        if hardware.device_type == "cuda":
+            degrees = (job.parallel.sp, job.parallel.dp)
+            ranks = math.prod(degree for degree in degrees if isinstance(degree, int))
+            node = {"CPU": job.cluster.cpus_per_actor * ranks, "GPU": float(ranks)}
+            return Machine(
+                (node,), cpu_memory_bytes=hardware.host_bytes * ranks, gpu_memory_bytes=hardware.device_bytes
+            )
+    node = {"CPU": float(len(os.sched_getaffinity(0)))}
+    return Machine((node,), cpu_memory_bytes=int(RAY_SHARE * psutil.virtual_memory().total))
+
+
+RAY_SHARE = 0.7
+"""Of a node's memory Ray offers this much to actors; the rest is for its object store and the system."""
+
+
+def hardware_of(job: SFTJob, machine: Machine, *, ranks: int, use_gpu: bool) -> Hardware:
+    """The rates and sizes to plan with: what the job names, or what the machine has."""
+    if job.memory.hardware != "auto":
+        return load_hardware(job.memory.hardware)
+    if not use_gpu:
+        share = machine.cpu_memory_bytes // max(1, ranks)
+        return load_hardware("cpu").model_copy(update={"device_bytes": share, "host_bytes": 0, "disk_bytes": 0})
+    known = [load_hardware(name) for name in hardware_names()]
+    known = [hardware for hardware in known if hardware.device_type == "cuda"]
+    near = min(known, key=lambda hardware: abs(hardware.device_bytes - machine.gpu_memory_bytes))
+    usable_bytes = min(near.device_bytes, int(0.95 * machine.gpu_memory_bytes))
+    per_gpu = int(machine.cpu_memory_bytes / max(1.0, machine.gpus))
+    return near.model_copy(
+        update={"device_bytes": usable_bytes, "host_bytes": min(near.host_bytes, per_gpu), "title": machine.gpu_name}
+    )

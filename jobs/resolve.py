@@ -17,7 +17,8 @@ from farspan.errors import JobError
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
-from farspan.memory.plan import Placement, checkpoint_every_layer
+from farspan.memory.config import Tiers
+from farspan.memory.plan import Placement
 from farspan.trainer.config import LoRA, Mesh, TrainSpec
 
 MIN_ROWS = 2048
@@ -52,6 +53,27 @@ class Resolved:
         """The same, reading the prepared token store in `tokens_dir`."""
         gang = self.gang.model_copy(update={"train": self.train.model_copy(update={"tokens_dir": tokens_dir})})
         return replace(self, gang=gang)
+
+    def with_plan(
+        self,
+        placement: Placement,
+        tiers: Tiers | None,
+        why: str,
+        *,
+        step_s: float | None = None,
+        device_peak_bytes: int | None = None,
+    ) -> Resolved:
+        """The same, storing what `placement` says; `why` is the plan in a sentence."""
+        update = {
+            "placement": None if placement.keeps_everything else placement,
+            "tiers": tiers,
+            "plan_step_s": step_s,
+            "plan_device_peak_bytes": device_peak_bytes,
+        }
+        gang = self.gang.model_copy(update={"train": self.train.model_copy(update=update)})
+        policy = self.values["memory.plan"].value
+        values = {**self.values, "placement": Value(policy, Origin("planner", why=why))}
+        return replace(self, gang=gang, values=values)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """`{path: {"value", "origin", "where"?, "why"?}}`, ready for `resolved.json`."""
@@ -135,7 +157,6 @@ class _Resolution:
             warmup_steps=self.warmup_steps,
             optim=optim,
             memory=job.memory,
-            placement=self._placement(),
             checkpoint=job.checkpoint,
             evaluate=job.evaluate,
             track=job.track,
@@ -282,12 +303,6 @@ class _Resolution:
         if weights + state // world_size <= memory // 2:
             return 2, f"{sums}: weights and 1/{world_size} of the state take less than half"
         return 3, f"{sums}: weights and 1/{world_size} of the state take more than half"
-
-    def _placement(self) -> Placement | None:
-        if self.job.memory.plan == "keep":
-            return None
-        rows = -(-self.job.data.context // self.sp)
-        return checkpoint_every_layer(self.facts.layers, rows=rows, attention_rows=rows * self.sp)
 
     def _adapter(self) -> Any:
         adapter = self.job.adapter

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farspan.errors import JobError
 from farspan.jobs.claim import Claim
 from farspan.jobs.config import SFTJob
-from farspan.jobs.facts import Machine, machine, model_facts
+from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine, model_facts
 from farspan.jobs.load import Loaded
 from farspan.jobs.origins import origins_in_python
 from farspan.jobs.resolve import Resolved, batch_chain, resolve
 from farspan.jobs.submit import anchored
+from farspan.memory.plan import checkpoint_every_layer, keep_everything
 from farspan.trainer.run_folder import RunFolder, read_metrics, write_json
 
 if TYPE_CHECKING:
@@ -78,7 +80,9 @@ def run(
 
         with connect(address) as session:
             _say(console, "ray", "on this machine" if session.local else session.address)
-            resolved = resolve(job, facts, machine(wait_s=job.cluster.wait_s), origins)
+            here = machine(wait_s=job.cluster.wait_s)
+            resolved = resolve(job, facts, here, origins)
+            resolved = _with_plan(resolved, job, facts, here, console)
             _check_room(resolved, session)
             if resume:
                 _check_resume(folder, resolved, console)
@@ -88,6 +92,46 @@ def run(
             _say(console, "run", str(folder.root))
             _say(console, "batch", batch_chain(resolved))
             return _train(folder, resolved, session, console)
+
+
+def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine, console: Console) -> Resolved:
+    """Plan the memory of a step, refuse what does not fit, and say what was decided."""
+    from farspan.jobs.plan import plan, require_fit, size
+
+    gang = resolved.gang
+    if facts.experts > 1:
+        return _unpredicted(resolved, facts, console)
+    hardware = hardware_of(job, here, ranks=gang.world_size, use_gpu=gang.use_gpu)
+    planned = plan(job, resolved.train, facts, hardware)
+    require_fit(planned)
+    kind = planned.solution.kind if planned.solution is not None else planned.policy
+    need, have = planned.prediction.device_peak_bytes, planned.problem.budgets.device_bytes
+    why = f"{kind}: needs {size(need)} of {size(have)} on the device"
+    _say(console, "plan", why)
+    return resolved.with_plan(
+        planned.placement,
+        planned.tiers(job),
+        why,
+        step_s=planned.prediction.step_s,
+        device_peak_bytes=need,
+    )
+
+
+def _unpredicted(resolved: Resolved, facts: ModelFacts, console: Console) -> Resolved:
+    """Layers whose cost depends on routing: only policies that need no prediction."""
+    policy, layers = resolved.train.memory.plan, facts.layers
+    make = {"keep": keep_everything, "recompute": checkpoint_every_layer}.get(policy)
+    if make is None:
+        raise JobError(
+            f"memory.plan={policy} needs a prediction, and layers with {facts.experts} experts have none",
+            at="memory.plan",
+            why="what a mixture of experts keeps depends on the routing",
+            try_="--set memory.plan=keep, or --set memory.plan=recompute",
+        )
+    rows = -(-resolved.train.data.context // resolved.train.mesh.sp)
+    _say(console, "plan", f"{policy}, not predicted: {facts.experts} experts")
+    placement = make(layers, rows=rows, attention_rows=rows * resolved.train.mesh.sp)
+    return resolved.with_plan(placement, None, policy)
 
 
 def _check_resume(folder: RunFolder, resolved: Resolved, console: Console) -> None:

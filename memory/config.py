@@ -1,22 +1,65 @@
-"""What a user may say about memory."""
+"""What a user may say about memory, and what a rank is told of its tiers."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from farspan.schema import Count, Schema
+from farspan.memory.plan import Policy
+from farspan.schema import Bytes, Count, Schema, parse_bytes
+
+
+def split_disk(value: str) -> tuple[str | None, int]:
+    """`"/nvme:2TiB"` -> ("/nvme", bytes); a size alone has no folder."""
+    folder, _, size = value.rpartition(":")
+    size_bytes = parse_bytes(size)
+    if not isinstance(size_bytes, int):
+        raise ValueError(f"{value!r} is not a folder and a size; write /nvme:2TiB, or 2TiB alone")
+    return folder or None, size_bytes
+
+
+def _whole(value: str) -> str:
+    split_disk(value)
+    return value
+
+
+Disk = Annotated[
+    str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value), AfterValidator(_whole)
+]
 
 
 class MemoryBudget(Schema):
-    """How activations are treated during a step."""
+    """What a rank may use for a step, and who decides what goes where."""
 
-    plan: Literal["keep", "recompute"] = "keep"
-    """`keep` stores what autograd saves; `recompute` stores layer inputs only and runs each layer twice."""
+    plan: Policy = "solve"
+    """`solve`: the planner decides. Otherwise a fixed policy: `keep` what autograd saves; `recompute` every layer from
+    its input; `offload-inputs` does so from host memory; `memo` and `ssdtrain` follow those papers."""
+
+    device: Bytes | Literal["auto"] = "auto"
+    """Device memory of a rank, model states included. `auto`: what the device has."""
+
+    host: Bytes | Literal["auto"] = "auto"
+    """Host memory of a rank for what is offloaded. `auto`: a GPU's share of the machine's; none on CPU."""
+
+    disk: Disk | None = None
+    """Folder and size of a rank's disk tier (`/nvme:2TiB`); a size alone puts it into the run folder. null: none."""
+
+    hardware: str = "auto"
+    """What to plan for: `auto` this machine, `h200`, `h100-80`, `a100-80`, `rtx4090`, `cpu`, or a JSON file."""
 
     loss_tile: Count = Field(default=2048, ge=16)
     """Rows of logits that exist at one time; the whole logits matrix is never made."""
 
     mlp_tile: Count | Literal["off"] = "off"
     """Rows of the MLP that exist at one time in forward and backward; the MLP then runs twice."""
+
+
+class Tiers(Schema):
+    """Where a rank's offloaded tensors live."""
+
+    host_bytes: int = Field(ge=0)
+    """Arena reserved at start."""
+    disk_dir: str | None = None
+    disk_bytes: int = Field(default=0, ge=0)
+    slots: int = Field(default=2, ge=1)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from farspan.errors import JobError
 from farspan.kernels.attention import KnownRows
-from farspan.memory.frame import HOLLOW, Frame, linear_classes, route_linear
+from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
 from farspan.memory.plan import Placement, Rows
 from farspan.memory.tiered import DeviceLedger, TieredRows
 
@@ -60,8 +60,9 @@ class Executor:
             if plan.keep:
                 continue
             classes = linear_classes(layer)
-            assert plan.linear.keys() <= classes.keys(), f"layer {index} has no {plan.linear.keys() - classes.keys()}"
-            for name in {*plan.linear, *(self.hollow & classes.keys())}:
+            missing = plan.linear.keys() - classes.keys() - {TILED_MLP}
+            assert not missing, f"layer {index} has no {missing}"
+            for name in classes.keys() & {*plan.linear, *self.hollow}:
                 route_linear(classes[name], name)
 
     def _keep(self, index: int, call: partial[Any], x: Tensor) -> Tensor:

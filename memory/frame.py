@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from farspan.kernels.attention import KnownRows, causal_attention
 
+TILED_MLP = "mlp"
+"""Class of a whole MLP's output where it runs in row tiles; needed for the next layer's input only."""
 HOLLOW = "down_proj"
 """The last linear layer of a decoder layer: when the layer is rebuilt nobody reads its output, only its inputs."""
 

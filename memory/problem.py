@@ -42,24 +42,25 @@ class LayerKind(Schema):
     """What autograd stores when the layer is kept, its input x included where autograd saves it."""
 
     forward_s: float
-    """Forward without attention."""
+    """Forward without attention, its exchanges included."""
     attention_forward_s: float
     attention_growth: float = 2.0
     """Attention over the first share f of the rows costs f ** growth of the whole: 2 for causal, 1 for a window."""
     backward_s: float
-    """Backward without attention."""
+    """Backward without attention, its exchanges included."""
     attention_backward_s: float
     elementwise_s: float
     """Forward of what is neither matmul nor attention; paid by every rebuild."""
     exchange_s: float = 0.0
-    """All-to-alls of one forward; paid by every inner forward and rebuild."""
+    """All-to-alls of one forward; what every inner forward and rebuild pays again."""
 
     forward_peak_bytes: int
     """Running forward without autograd: beyond x, with the output and O included."""
     keep_forward_peak_bytes: int
     """Running forward when kept: beyond x and keep_bytes, with the output included."""
     rebuild_peak_bytes: int
-    """Rebuild and backward: beyond x, given rows, complete inner O; with the gradients of output and input included."""
+    """Rebuild and backward: beyond x and the rows that were stored or fetched; the layer's own complete O and the
+    gradients of output and input included. (Stored rows of that O are counted beside it: up to o_bytes too much.)"""
     keep_backward_peak_bytes: int
     """Backward when kept: beyond keep_bytes; with the gradients of output and input included."""
     gradient_bytes: int = 0

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from farspan.memory.config import MemoryBudget
+from farspan.memory.config import MemoryBudget, Tiers
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Schema
 
@@ -226,6 +226,10 @@ class TrainSpec(Schema):
     memory: MemoryBudget
     placement: Placement | None = None
     """What each decoder layer stores and where; None: autograd's own way."""
+    tiers: Tiers | None = None
+    """Host and disk, where the placement uses them."""
+    plan_step_s: float | None = None
+    plan_device_peak_bytes: int | None = None
     checkpoint: Checkpoint
     evaluate: Evaluate
     track: Track

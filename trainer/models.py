@@ -266,6 +266,20 @@ def decoder_layers(causal: PreTrainedModel) -> list[nn.Module]:
     return [layer for layer in causal.get_decoder().modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
+def open_store(spec: TrainSpec) -> Store | None:
+    """This rank's host and disk tiers, where the placement uses them."""
+    from farspan.memory.tiers import Store
+
+    if spec.tiers is None:
+        return None
+    return Store(
+        host_bytes=spec.tiers.host_bytes,
+        disk_dir=Path(spec.tiers.disk_dir) if spec.tiers.disk_dir is not None else None,
+        disk_bytes=spec.tiers.disk_bytes,
+        slots=spec.tiers.slots,
+    )
+
+
 def build(
     spec: TrainSpec, device: torch.device, store: Store | None = None
 ) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:

@@ -64,7 +64,8 @@ class Trainer:
         too_long: OnTooLong = "truncate" if data.on_too_long == "truncate" else "split"
         self.held_out = validation_packs(self.store.validation, data.context, spec.evaluate.max_tokens, too_long)
         self._write_base_model()
-        module, trainable = models.build(spec, self.grid.device)
+        self.tiers = models.open_store(spec)
+        module, trainable = models.build(spec, self.grid.device, self.tiers)
         self.engine = make_engine(
             module,
             trainable,
@@ -188,7 +189,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop background work and release what this rank holds."""
-        for part in ("checkpointer", "writer", "engine"):
+        for part in ("checkpointer", "writer", "engine", "tiers"):
             if getattr(self, part, None) is not None:
                 getattr(self, part).close()
 
@@ -223,8 +224,8 @@ class Trainer:
         record |= {
             "step_s": step_s,
             "tokens_per_s": record["tokens"] / max(step_s - parts_s.get("evaluate", 0.0), 1e-9),
-            "plan_step_s": None,
-            "plan_device_peak_bytes": None,
+            "plan_step_s": self.spec.plan_step_s,
+            "plan_device_peak_bytes": self.spec.plan_device_peak_bytes,
             "disk_bytes": 0,
             "stall_s": {"checkpoint": parts_s.get("checkpoint", 0.0)},
             "parts_s": parts_s,
@@ -232,6 +233,12 @@ class Trainer:
             "time": time.time(),
             **self.memory.read(),
         }
+        if self.tiers is not None:
+            moved = self.tiers.statistics(restart=True)
+            record["stall_s"] |= moved.stall_s
+            record["disk_bytes"] = moved.moved_bytes["disk_write"]
+            record["moved_bytes"] = dict(moved.moved_bytes)
+            record["tier_peak_bytes"] = dict(moved.peak_bytes)
         if self.writer is not None:
             self.writer.write(record)
             self.record = record

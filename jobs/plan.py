@@ -1,0 +1,184 @@
+"""`farspan plan`: will it fit, how long does a step take, and what is stored where. Needs neither model nor machine.
+
+A resolved job, the shape of its model and the rates of a machine become one planning problem; the planner or a fixed
+policy becomes a placement, and the same evaluation tells what both cost. `farspan run` executes that placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from farspan.errors import DoesNotFit
+from farspan.jobs.config import SFTJob
+from farspan.jobs.facts import ModelFacts
+from farspan.memory.build import problem_for
+from farspan.memory.config import Tiers, split_disk
+from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.hardware import Hardware
+from farspan.memory.plan import Placement
+from farspan.memory.policies import fixed_policy
+from farspan.memory.problem import Budgets, PlanProblem
+from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
+from farspan.memory.solve import Alternative, Solution, longest, solve
+from farspan.trainer.config import LoRA, TrainSpec
+
+WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
+LONGEST_STEP = 1024
+"""`--longest` answers in multiples of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job's memory plan and what it will cost."""
+
+    policy: str
+    hardware: Hardware
+    problem: PlanProblem
+    placement: Placement
+    prediction: Prediction
+    solution: Solution | None
+    """None under a fixed policy."""
+    batch: str = ""
+    """Sizes of a step, in words."""
+
+    @property
+    def next_best(self) -> Alternative | None:
+        return self.solution.next_best if self.solution is not None else None
+
+    def tiers(self, job: SFTJob) -> Tiers | None:
+        """What a rank reserves for the placement; None when nothing leaves the device."""
+        moved = self.prediction.moved_bytes
+        if not any(moved.values()):
+            return None
+        states = sum(state.bytes for state in self.problem.states if state.tier == "host")
+        folder, _ = split_disk(job.memory.disk) if job.memory.disk else (None, 0)
+        # a tensor takes whole pages, and there may be one for each of a layer's pieces on each tier
+        pages = 2 * 4096 * 16 * len(self.problem.layers)
+        return Tiers(
+            host_bytes=self.prediction.host_bytes - states + pages,
+            disk_dir=(folder or str(job.run_dir)) if self.prediction.disk_bytes else None,
+            disk_bytes=self.prediction.disk_bytes + pages if self.prediction.disk_bytes else 0,
+            slots=self.placement.slots,
+        )
+
+
+def plan(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> Planned:
+    """The plan of a resolved job on `hardware`.
+
+    Raises:
+        DoesNotFit: no plan fits, or the fixed policy that was asked for does not.
+    """
+    problem = problem_of(job, train, facts, hardware)
+    policy = job.memory.plan
+    if policy == "solve":
+        solution = solve(problem)
+        return Planned(policy, hardware, problem, solution.placement, solution.prediction, solution)
+    placement = fixed_policy(problem, policy)
+    return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None)
+
+
+def require_fit(planned: Planned) -> None:
+    """Refuse a fixed policy that breaks a budget."""
+    over = planned.prediction.over_bytes
+    if not over:
+        return
+    tier, excess = max(over.items(), key=lambda item: item[1])
+    need = {"device": planned.prediction.device_peak_bytes, "host": planned.prediction.host_bytes}
+    raise DoesNotFit(
+        f"the policy {planned.policy} does not fit",
+        at="memory.plan",
+        why=f"{tier} needs {size(need.get(tier, planned.prediction.disk_bytes))}, {size(excess)} more than there is",
+        try_="--set memory.plan=solve",
+    )
+
+
+def longest_context(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> int:
+    """The longest context that fits under the job's policy, in tokens."""
+
+    def problem_at(context: int) -> PlanProblem:
+        return problem_of(job, train, facts, hardware, context=context)
+
+    if job.memory.plan == "solve":
+        return longest(problem_at, step_tokens=LONGEST_STEP, most_tokens=1 << 24)
+    policy, fits, fails = job.memory.plan, 0, (1 << 24) // LONGEST_STEP + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        problem = problem_at(middle * LONGEST_STEP)
+        if evaluate(problem, fixed_policy(problem, policy)).fits:
+            fits = middle
+        else:
+            fails = middle
+    return fits * LONGEST_STEP
+
+
+def problem_of(
+    job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware, *, context: int | None = None
+) -> PlanProblem:
+    """The planning problem of one rank."""
+    return problem_for(
+        shape_of(facts),
+        training_of(train),
+        hardware,
+        context or train.data.context,
+        budgets=budgets_of(job, hardware),
+    )
+
+
+def budgets_of(job: SFTJob, hardware: Hardware) -> Budgets:
+    """What the job allows of what the machine has."""
+    memory, whole = job.memory, hardware.budgets()
+    return Budgets(
+        device_bytes=whole.device_bytes if memory.device == "auto" else memory.device,
+        host_bytes=whole.host_bytes if memory.host == "auto" else memory.host,
+        disk_bytes=split_disk(memory.disk)[1] if memory.disk else 0,
+    )
+
+
+def shape_of(facts: ModelFacts) -> ModelShape:
+    return ModelShape(
+        hidden=facts.hidden,
+        layers=facts.layers,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        ffn=facts.ffn,
+        vocab=facts.vocab,
+        tied=facts.tied,
+        forms=tuple(LayerForm(window=window, experts=facts.experts) for window in facts.windows),
+        qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmo2": "whole"}.get(facts.family, "none"),  # type: ignore[arg-type]
+        norm_after=facts.family == "olmo2",
+        norm_scale_fp32=facts.family == "olmo2",
+        fused=facts.family == "phi3",
+    )
+
+
+def training_of(train: TrainSpec) -> Training:
+    """What of a job the bytes and seconds of a step depend on."""
+    adapter = None
+    if isinstance(train.adapter, LoRA):
+        targets = train.adapter.target_modules
+        adapter = AdapterShape(
+            rank=train.adapter.rank,
+            targets=None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets),
+            dropout=train.adapter.dropout > 0,
+            whole=tuple(n for n in WHOLE_MODULES if n in train.adapter.modules_to_save),
+        )
+    return Training(
+        precision=train.precision,
+        adapter=adapter,
+        zero=train.zero,
+        cpu_offload=train.cpu_offload,
+        dp=train.mesh.dp,
+        sp=train.mesh.sp,
+        loss_tile=train.memory.loss_tile,
+        mlp_tile=None if train.memory.mlp_tile == "off" else train.memory.mlp_tile,
+        micro_batches=train.accumulation,
+    )
+
+
+def size(size_bytes: float) -> str:
+    for unit, step in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if abs(size_bytes) >= step:
+            return f"{size_bytes / step:.1f} {unit}"
+    return f"{size_bytes / 1024:.0f} KiB" if size_bytes else "0"

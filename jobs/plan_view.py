@@ -1,0 +1,161 @@
+"""A memory plan as a person reads it, and as a program does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from farspan.errors import DoesNotFit
+from farspan.jobs.facts import hardware_of, machine_beside, model_facts
+from farspan.jobs.load import Loaded
+from farspan.jobs.plan import Planned, longest_context, plan, size
+from farspan.jobs.resolve import batch_chain, resolve
+from farspan.memory.plan import TIERS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def plan_beside(loaded: Loaded, *, longest: bool) -> tuple[Planned, int | None]:
+    """Plan a job without starting anything; with `longest`, also the longest context that fits."""
+    job = loaded.job
+    facts, machine = model_facts(job.model), machine_beside(job)
+    resolved = resolve(job, facts, machine, loaded.origins)
+    hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)
+    tokens = longest_context(job, resolved.train, facts, hardware) if longest else None
+    try:
+        planned = plan(job, resolved.train, facts, hardware)
+    except DoesNotFit as problem:
+        if tokens is None:
+            raise
+        raise DoesNotFit(
+            problem.what, at=problem.at, why=problem.why, try_=f"{problem.try_}; the longest context is {tokens}"
+        ) from None
+    return replace(planned, batch=batch_chain(resolved)), tokens
+
+
+def show(planned: Planned, *, console: Console, longest_tokens: int | None = None) -> None:
+    """The tables of `farspan plan`."""
+    from rich import box
+    from rich.table import Table
+
+    prediction = planned.prediction
+    verdict = "fits" if prediction.fits else "does not fit"
+    kind = planned.solution.kind if planned.solution is not None else planned.policy
+    console.print(f"[bold]{verdict}[/] on {planned.hardware.title}: {kind}", highlight=False)
+    console.print(planned.batch, highlight=False)
+
+    tiers = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("tier", "need", "have", "margin"):
+        tiers.add_column(name, justify="left" if name == "tier" else "right")
+    for tier, need, have in tier_rows(planned):
+        tiers.add_row(
+            tier, size(need), size(have), size(have - need) if have >= need else f"[red]{size(have - need)}[/]"
+        )
+    console.print(tiers)
+    console.print(f"device peak at: {prediction.device_peak_at}", highlight=False)
+
+    times = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    times.add_column("part of a step")
+    times.add_column("seconds", justify="right")
+    times.add_column("share", justify="right")
+    for name, seconds in _parts(planned):
+        if seconds > 0:
+            times.add_row(name, f"{seconds:.3g}", f"{seconds / prediction.step_s:.1%}")
+    times.add_row("[bold]step[/]", f"[bold]{prediction.step_s:.4g}[/]", "")
+    console.print(times)
+
+    placed = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    placed.add_column("stored, share of all layers' rows")
+    for place in ("keep", *TIERS, "recompute"):
+        placed.add_column(place, justify="right")
+    for name, share in placed_shares(planned).items():
+        placed.add_row(name, *(f"{amount:.0%}" if amount else "" for amount in share.values()))
+    console.print(placed)
+
+    if planned.solution is not None:
+        console.print(f"bottleneck: {planned.solution.bottleneck}", highlight=False)
+    if planned.next_best is not None:
+        more = planned.next_best.step_s / prediction.step_s - 1
+        console.print(
+            f"next best: {planned.next_best.kind}, {planned.next_best.step_s:.4g} s ({more:+.1%})", highlight=False
+        )
+    if longest_tokens is not None:
+        console.print(f"longest context that fits: {longest_tokens:,} tokens", highlight=False)
+    assumed = [name for name, source in planned.hardware.sources.items() if source.how == "assumed"]
+    if assumed:
+        console.print(f"assumed, not measured: {', '.join(assumed)}", highlight=False)
+
+
+def _parts(planned: Planned) -> list[tuple[str, float]]:
+    parts = planned.prediction.parts
+    return [
+        ("forward, linear", parts.forward_s),
+        ("forward, attention", parts.attention_forward_s),
+        ("backward, linear", parts.backward_s),
+        ("backward, attention", parts.attention_backward_s),
+        ("rebuild, linear", parts.rebuild_linear_s),
+        ("rebuild, attention", parts.rebuild_attention_s),
+        ("inner forwards", parts.inner_forward_s),
+        ("loss head", parts.head_s),
+        ("optimizer", parts.optimizer_s),
+        *((f"waiting for {lane}", seconds) for lane, seconds in parts.stall_s.items()),
+    ]
+
+
+def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str, Any]:
+    """What `farspan plan --json` prints."""
+    prediction, solution = planned.prediction, planned.solution
+    found: dict[str, Any] = {
+        "fits": prediction.fits,
+        "over_bytes": prediction.over_bytes,
+        "policy": planned.policy,
+        "kind": solution.kind if solution else planned.policy,
+        "hardware": planned.hardware.name,
+        "rows": planned.problem.rows,
+        "step_s": prediction.step_s,
+        "parts": prediction.parts.model_dump(mode="json"),
+        "device_peak_bytes": prediction.device_peak_bytes,
+        "device_peak_at": prediction.device_peak_at,
+        "host_bytes": prediction.host_bytes,
+        "disk_bytes": prediction.disk_bytes,
+        "budgets": planned.problem.budgets.model_dump(mode="json"),
+        "bottleneck": solution.bottleneck if solution else None,
+        "gap": solution.gap if solution else None,
+        "solve_s": solution.solve_s if solution else 0.0,
+        "segments": [[unit.start, unit.stop] for unit in planned.placement.units()[::-1]],
+        "next_best": None,
+        "assumed": [f"{name}: {s.what}" for name, s in planned.hardware.sources.items() if s.how == "assumed"],
+    }
+    if planned.next_best is not None:
+        found["next_best"] = {"kind": planned.next_best.kind, "step_s": planned.next_best.step_s}
+    if longest_tokens is not None:
+        found["longest_context_tokens"] = longest_tokens
+    return found
+
+
+def tier_rows(planned: Planned) -> list[tuple[str, int, int]]:
+    """(tier, need, have) in bytes."""
+    prediction, budgets = planned.prediction, planned.problem.budgets
+    need = (prediction.device_peak_bytes, prediction.host_bytes, prediction.disk_bytes)
+    return list(zip(TIERS, need, (budgets.device_bytes, budgets.host_bytes, budgets.disk_bytes)))
+
+
+def placed_shares(planned: Planned) -> dict[str, dict[str, float]]:
+    """By tensor class the share of all layers' rows on each tier, `keep` (autograd) or computed again."""
+    placement, shares = planned.placement, dict[str, dict[str, float]]()
+    layers = placement.layers[placement.frozen_below :]
+    names = ["x", "O", *dict.fromkeys(name for layer in layers for name in layer.linear)]
+    for name in names:
+        share = dict.fromkeys(("keep", *TIERS, "recompute"), 0.0)
+        for layer in layers:
+            if layer.keep:
+                share["keep"] += 1
+                continue
+            rows = layer.x if name == "x" else layer.o if name == "O" else layer.linear.get(name)
+            whole = placement.attention_rows if name == "O" else placement.rows
+            for tier in TIERS:
+                share[tier] += rows.on(tier) / whole if rows else 0.0
+            share["recompute"] += 1 - (rows.stored / whole if rows else 0.0)
+        shares[name] = {place: amount / len(layers) for place, amount in share.items()}
+    return shares

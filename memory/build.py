@@ -1,0 +1,133 @@
+"""From a profile to a planning problem: rows put into its formulas, states and budgets beside them.
+
+Needs neither torch nor the machine, so that `farspan plan` answers anywhere; `jobs` fills the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+
+from farspan.memory.analytic import WorkingSet, analytic_profile
+from farspan.memory.hardware import Hardware
+from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
+from farspan.memory.profile import HeadProfile, KindProfile, LinearProfile, Profile
+from farspan.memory.shape import ModelShape, Training
+from farspan.memory.states import model_states
+
+O_BLOCK_ROWS = 256
+"""Rows of O are stored in blocks of so many: attention kernels compute whole blocks of query rows."""
+
+
+def build_problem(
+    profile: Profile,
+    *,
+    states: tuple[State, ...],
+    context: int,
+    budgets: Budgets,
+    links: Links,
+    micro_batches: int = 1,
+    frozen_below: int = 0,
+) -> PlanProblem:
+    """The problem of one rank at `context` rows of the whole sequence, padded to what `profile.sp` ranks share evenly.
+
+    Args:
+        profile: measured or analytic; its tile of the MLP must be smaller than the rank's rows.
+        states: what is in memory through the whole step.
+        frozen_below: layers below this one need no gradient.
+    """
+    rows = -(-context // profile.sp)
+    assert profile.mlp_tile is None or profile.mlp_tile < rows, "so few rows run in one tile, that is untiled"
+    attention_rows = rows * profile.sp
+    return PlanProblem(
+        rows=rows,
+        attention_rows=attention_rows,
+        kinds=tuple(_kind(kind, rows, attention_rows) for kind in profile.kinds),
+        layers=profile.layers,
+        head=_head(profile.head, rows),
+        states=states,
+        budgets=budgets,
+        links=links,
+        micro_batches=micro_batches,
+        frozen_below=frozen_below,
+    )
+
+
+def problem_for(
+    shape: ModelShape,
+    training: Training,
+    hardware: Hardware,
+    context: int,
+    *,
+    working_set: WorkingSet = "today",
+    budgets: Budgets | None = None,
+) -> PlanProblem:
+    """The problem of a job from shapes and rates alone.
+
+    Args:
+        context: rows of a sequence, over all ranks that share it.
+        budgets: bytes a rank may use; default all the hardware has.
+
+    Raises:
+        JobError: the model has layers that are not counted, or more ranks share a sequence than there are heads.
+    """
+    if training.mlp_tile is not None and -(-context // training.sp) <= training.mlp_tile and working_set == "today":
+        training = training.model_copy(update={"mlp_tile": None})  # one tile: the MLP runs as it is
+    return build_problem(
+        analytic_profile(shape, training, hardware, working_set=working_set),
+        states=model_states(shape, training, hardware),
+        context=context,
+        budgets=hardware.budgets() if budgets is None else budgets,
+        links=hardware.links(),
+        micro_batches=training.micro_batches,
+    )
+
+
+def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
+    o_bytes, forward_s, backward_s, growth = 0, 0.0, 0.0, 2.0
+    if kind.attention is not None:
+        o_bytes = math.ceil(kind.attention.o_bytes_per_row * attention_rows)
+        forward_s, backward_s = kind.attention.seconds(attention_rows)
+        if kind.attention.window is not None and kind.attention.window < attention_rows:
+            growth = 1.0
+    return LayerKind(
+        name=kind.name,
+        x_bytes=math.ceil(kind.x_bytes_per_row * rows),
+        o_bytes=o_bytes,
+        o_blocks=-(-attention_rows // O_BLOCK_ROWS),
+        linear=tuple(_linear(linear, rows) for linear in kind.linear),
+        keep_bytes=math.ceil(kind.keep_bytes.at(rows)),
+        forward_s=kind.forward_s.at(rows),
+        attention_forward_s=forward_s,
+        attention_growth=growth,
+        backward_s=kind.backward_s.at(rows),
+        attention_backward_s=backward_s,
+        elementwise_s=kind.elementwise_s.at(rows),
+        exchange_s=kind.exchange_s.at(rows),
+        forward_peak_bytes=kind.forward_peak.bytes_at(rows),
+        keep_forward_peak_bytes=kind.keep_forward_peak.bytes_at(rows),
+        rebuild_peak_bytes=kind.rebuild_peak.bytes_at(rows),
+        keep_backward_peak_bytes=kind.keep_backward_peak.bytes_at(rows),
+        gradient_bytes=kind.gradient_bytes,
+    )
+
+
+def _linear(linear: LinearProfile, rows: int) -> LinearClass:
+    return LinearClass(
+        name=linear.name,
+        bytes=math.ceil(linear.bytes_per_row * rows),
+        matmul_s=linear.matmul_s.at(rows),
+        tiles=1 if linear.tile_rows is None else -(-rows // linear.tile_rows),
+        inner_only=linear.inner_only,
+    )
+
+
+def _head(head: HeadProfile, rows: int) -> Head:
+    return Head(
+        held_bytes=math.ceil(head.held_bytes.at(rows)),
+        forward_s=head.forward_s.at(rows),
+        peak_bytes=head.peak.bytes_at(rows),
+        gradient_bytes=head.gradient_bytes,
+        embedding_gradient_bytes=head.embedding_gradient_bytes,
+        step_peak_bytes=head.step_peak_bytes,
+        step_s=head.step_s,
+    )

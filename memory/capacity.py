@@ -1,0 +1,94 @@
+"""How little device memory would do, and what to say when there is less."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from farspan.errors import DoesNotFit
+from farspan.memory.climb import climb, lengths
+from farspan.memory.evaluate import Evaluator, Prediction, Walk
+from farspan.memory.plan import Placement, Tier
+from farspan.memory.policies import FIXED_POLICIES, fixed_policy
+from farspan.memory.polish import Key, best_near, decode
+from farspan.memory.problem import PlanProblem
+from farspan.memory.row_program import RowProgram, Shape, even_shape
+
+ROUNDS = 6
+"""Times a program is solved again with budgets moved by what the walk says."""
+CLIMBS = 60
+"""Shapes tried in climbing from the best one."""
+GIB = 2**30
+
+
+def smallest_device(problem: PlanProblem) -> Placement:
+    """The placement with the lowest device peak found, within the host's and the disk's budgets.
+
+    Raises DoesNotFit when model states alone exceed the host's or the disk's.
+    """
+    evaluator = Evaluator(problem)
+    for tier in ("host", "disk"):
+        if evaluator.fixed[tier] > evaluator.limits[tier]:
+            raise DoesNotFit(
+                f"model states alone do not fit on the {tier}",
+                at=f"memory.{tier}",
+                why=f"{states_in_words(problem, tier)} of {in_gib(evaluator.limits[tier])}",
+                try_=f"--set memory.{tier}={evaluator.fixed[tier] / GIB + 1:.0f}GiB",
+            )
+
+    def lowest(walk: Walk) -> Key:
+        over = evaluator.over(walk)
+        return (sum(over.get(name, 0) for name in ("host", "disk", "disk_write")), walk.peak, walk.step_s)
+
+    layers = len(problem.layers) - problem.frozen_below
+    shapes = [
+        replace(even_shape(evaluator, -(-layers // longest), 0, between, prefetch=0), slots=1)
+        for longest in lengths(layers)
+        for between in (("o", "xo") if longest > 2 else ("o",))
+    ]
+    values: dict[Shape, float] = {}
+
+    def value(shape: Shape) -> float:
+        if shape not in values:
+            solved = RowProgram(evaluator, shape, evaluator.limits).solve(least_device=True)
+            values[shape] = solved.value if solved else float("inf")
+        return values[shape]
+
+    shapes.sort(key=value)
+    starts = [fixed_policy(problem, policy) for policy in FIXED_POLICIES]
+    for shape in (climb(evaluator, shapes[0], value, CLIMBS), *shapes[:3]):
+        limits: dict[str, float] = dict(evaluator.limits)
+        for _ in range(ROUNDS):
+            solved = RowProgram(evaluator, shape, limits).solve(least_device=True)
+            if solved is None:
+                break
+            starts.append(decode(evaluator, shape, solved))
+            over = evaluator.over(evaluator.walk(starts[-1]))
+            if not over.keys() & {"host", "disk", "disk_write"}:
+                break
+            limits = {name: limit - over.get(name, 0) for name, limit in limits.items()}
+    return best_near(evaluator, starts, lowest)
+
+
+def does_not_fit(problem: PlanProblem, smallest: Prediction) -> DoesNotFit:
+    """Says by how much, and what would do."""
+    budgets = problem.budgets
+    needed, given = smallest.device_peak_bytes, budgets.device_bytes
+    return DoesNotFit(
+        f"{problem.rows} rows on a rank need at least {in_gib(needed)} of device memory, {in_gib(given)} are given",
+        at="memory.device",
+        why=f"{states_in_words(problem, 'device')}; the rest is needed at {smallest.device_peak_at}, "
+        f"with {in_gib(budgets.host_bytes)} of host memory and {in_gib(budgets.disk_bytes)} of disk used as well as "
+        f"can be: {in_gib(needed)} - {in_gib(given)} = {in_gib(needed - given)} too much",
+        try_=f"--set memory.device={math.ceil(needed / GIB * 100) / 100}GiB, more memory.host or memory.disk, "
+        "a shorter data.context, a higher parallel.sp, smaller tiles",
+    )
+
+
+def states_in_words(problem: PlanProblem, tier: Tier) -> str:
+    states = [f"{state.name} {in_gib(state.bytes)}" for state in problem.states if state.tier == tier]
+    return f"{tier}: {' + '.join(states) or 'no model states'}"
+
+
+def in_gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

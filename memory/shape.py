@@ -1,0 +1,168 @@
+"""The shape of a model and of its training, as far as bytes and seconds of a step depend on them.
+
+Plain numbers that `jobs` fills from a job and a model's `config.json`; an analytic profile and the model states are
+computed from these alone. Widths are elements, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from farspan.schema import Count, Schema
+
+Precision = Literal["bf16", "fp32"]
+WIDTH_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
+
+
+class LayerForm(Schema):
+    """What sets one decoder layer of a model apart from the others."""
+
+    mixer: Literal["attention", "linear"] = "attention"
+    """Softmax attention, or a recurrence whose cost is linear in the rows (gated delta net, state space)."""
+    window: Count | None = Field(default=None, ge=1)
+    """Rows a query looks back on, itself included; None: all."""
+    experts: int = Field(default=1, ge=1)
+    """More than one: a mixture of experts in the place of the MLP."""
+
+    @property
+    def name(self) -> str:
+        mixer = "linear" if self.mixer == "linear" else "full" if self.window is None else f"window {self.window}"
+        return mixer if self.experts == 1 else f"{mixer}, {self.experts} experts"
+
+
+class ModelShape(Schema):
+    """A decoder-only transformer with a gated MLP, as transformers builds it."""
+
+    hidden: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    ffn: int = Field(ge=1)
+    vocab: int = Field(ge=1)
+    tied: bool = False
+    """Embedding and output projection are one matrix."""
+    forms: tuple[LayerForm, ...] = (LayerForm(),)
+    """Of each layer, bottom first; a single one stands for all."""
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    """RMSNorm on q and k: of each head (Qwen3), or over all heads at once (OLMo 2)."""
+    norm_after: bool = False
+    """Norms follow attention and MLP instead of preceding them (OLMo 2)."""
+    norm_scale_fp32: bool = False
+    """A norm multiplies by its weight before it rounds to the model's dtype (OLMo 2), not after."""
+    fused: bool = False
+    """q, k and v are one linear layer, and so are gate and up (Phi-3)."""
+
+    def form(self, layer: int) -> LayerForm:
+        return self.forms[layer % len(self.forms)]
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of k alone; v has as much."""
+        return self.kv_heads * self.head_dim
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear layer of a decoder layer, by the name transformers gives it, in order."""
+        d, q, kv, f = self.hidden, self.q_width, self.kv_width, self.ffn
+        if self.fused:
+            first, gate_up = {"qkv_proj": (d, q + 2 * kv)}, {"gate_up_proj": (d, 2 * f)}
+        else:
+            first = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv)}
+            gate_up = {"gate_proj": (d, f), "up_proj": (d, f)}
+        return {**first, "o_proj": (q, d), **gate_up, "down_proj": (f, d)}
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of one layer's norms."""
+        of_qk = {"none": 0, "head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[self.qk_norm]
+        return 2 * self.hidden + of_qk
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(i * o for i, o in self.linears().values()) + self.norm_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All weights; biases, where a family has them, are left out."""
+        outside = self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+        return self.layers * self.layer_parameters + outside
+
+
+class AdapterShape(Schema):
+    """Low-rank adapters as peft builds them."""
+
+    rank: int = Field(ge=1)
+    targets: tuple[str, ...] | None = None
+    """Linear layers with an adapter, by the last part of their name; None: all of a decoder layer."""
+    precision: Precision | None = None
+    """Of the adapter's weights; None: the model's. (peft by itself makes them fp32 on a bf16 model.)"""
+    dropout: bool = False
+    whole: tuple[Literal["lm_head", "embed_tokens"], ...] = ()
+    """Modules trained whole beside the adapters."""
+
+
+class Training(Schema):
+    """How the model is trained."""
+
+    precision: Precision = "bf16"
+    adapter: AdapterShape | None = None
+    """None: every weight is trained."""
+    zero: Literal[0, 1, 2, 3] = 0
+    cpu_offload: bool = False
+    dp: int = Field(default=1, ge=1)
+    sp: int = Field(default=1, ge=1)
+    loss_tile: int = Field(default=2048, ge=1)
+    """Rows of logits that exist at a time."""
+    mlp_tile: int | None = Field(default=None, ge=1)
+    """Rows of the MLP that exist at a time; None: all."""
+    micro_batches: int = Field(default=1, ge=1)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.sp
+
+    @property
+    def width_bytes(self) -> int:
+        """Of an element of weights and activations."""
+        return WIDTH_BYTES[self.precision]
+
+    @property
+    def adapter_precision(self) -> Precision:
+        """DeepSpeed casts all weights to the model's."""
+        own = self.adapter.precision if self.adapter is not None and self.zero == 0 else None
+        return own or self.precision
+
+    @property
+    def adapter_width_bytes(self) -> int:
+        return WIDTH_BYTES[self.adapter_precision]
+
+    def adapts(self, linear: str) -> bool:
+        """Whether the linear layer of this name has an adapter."""
+        return self.adapter is not None and (self.adapter.targets is None or linear in self.adapter.targets)
+
+    def trains(self, module: Literal["layers", "lm_head", "embed_tokens"]) -> bool:
+        """Whether the base weights of a module are trained; those of decoder layers are under no adapter."""
+        return self.adapter is None or module in self.adapter.whole
+
+    def trained_in_layer(self, shape: ModelShape) -> int:
+        """Trained weights of one decoder layer."""
+        if self.adapter is None:
+            return shape.layer_parameters
+        return sum(self.adapter.rank * (i + o) for name, (i, o) in shape.linears().items() if self.adapts(name))
+
+    def trained_outside(self, shape: ModelShape) -> tuple[int, int]:
+        """Trained weights of the embedding, and of final norm and output projection; a tied matrix counts once."""
+        matrix = shape.vocab * shape.hidden
+        head = matrix if self.trains("lm_head") else 0
+        embedding = matrix if self.trains("embed_tokens") and not (shape.tied and head) else 0
+        return embedding, head + (shape.hidden if self.adapter is None else 0)
+
+    def trained(self, shape: ModelShape) -> int:
+        """All trained weights."""
+        return shape.layers * self.trained_in_layer(shape) + sum(self.trained_outside(shape))

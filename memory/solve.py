@@ -1,0 +1,286 @@
+"""The plan of a problem: the fastest placement found, how far from the best possible it can be, and what is in the way.
+
+Shapes (segment lengths, kept layers, prefetch) are enumerated and climbed, each judged by a linear program over rows
+(`memory.row_program`); the best become placements of whole blocks, are walked by `memory.evaluate`, and where that
+disagrees with the program its budgets are moved by the difference and it is solved again. Nothing is returned that the
+walk says is over a budget. The order is fixed and no clock is read but for the time limit: a problem has one plan.
+80 layers take about a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from farspan.memory.capacity import ROUNDS, does_not_fit, smallest_device
+from farspan.memory.climb import climb, lengths, topped
+from farspan.memory.evaluate import Evaluator, Prediction, Walk
+from farspan.memory.milp import Bound, bound
+from farspan.memory.plan import Placement
+from farspan.memory.policies import FIXED_POLICIES, fixed_policy
+from farspan.memory.polish import Key, best_near, decode
+from farspan.memory.problem import PlanProblem
+from farspan.memory.row_program import RowProgram, Shape, even_shape
+from farspan.schema import Schema
+
+SLOTS = (2, 3, 4)
+"""Layers in flight that are tried."""
+CLIMBS = (60, 20, 20)
+"""Shapes tried in climbing from the best one, and from the best of other lengths."""
+
+
+class Alternative(Schema):
+    """Another plan and what it would cost."""
+
+    kind: str
+    step_s: float
+    placement: Placement
+
+
+class Solution(Schema):
+    """A plan and how sure one can be of it."""
+
+    kind: str
+    """In words: what sort of plan it is."""
+    placement: Placement
+    prediction: Prediction
+    bound_s: float
+    """No placement takes less than this."""
+    gap: float
+    """`step_s` over `bound_s`, less one."""
+    segment: int
+    """Layers of the longest segment; 0 when every layer is kept."""
+    next_best: Alternative | None
+    """The best feasible plan of a different kind that was seen."""
+    bottleneck: str
+    solve_s: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A feasible placement."""
+
+    kind: str
+    family: str | int
+    """A fixed policy's name, or the layers of the longest segment."""
+    placement: Placement
+    step_s: float
+    lanes_s: float
+
+    def named(self) -> Alternative:
+        return Alternative(kind=self.kind, step_s=self.step_s, placement=self.placement)
+
+    @property
+    def order(self) -> tuple[float, float]:
+        return same_s(self.step_s, digits=6), self.lanes_s
+
+
+def solve(problem: PlanProblem, *, gap: float = 1e-4, time_limit_s: float = 10.0) -> Solution:
+    """The fastest feasible placement found.
+
+    Stops when within `gap` of the lower bound or, between two programs, after `time_limit_s`. Raises DoesNotFit,
+    naming the smallest device budget that would do.
+    """
+    started_s = time.monotonic()
+    search = Search(problem, gap, started_s + time_limit_s)
+    search.run()
+    if not search.found:
+        assert search.smallest is not None
+        raise does_not_fit(problem, search.evaluator.prediction(search.smallest))
+    best = min(search.found, key=lambda candidate: candidate.order)
+    others = [candidate for candidate in search.found if candidate.family != best.family]
+    second = min(others, key=lambda candidate: candidate.order, default=None)
+    prediction = search.evaluator.prediction(best.placement)
+    bound_s = min(search.bound_s, best.step_s)
+    return Solution(
+        kind=best.kind,
+        placement=best.placement,
+        prediction=prediction,
+        bound_s=bound_s,
+        gap=best.step_s / bound_s - 1 if bound_s else 0.0,
+        segment=longest_segment(best.placement),
+        next_best=second.named() if second is not None else None,
+        bottleneck=bottleneck(search.evaluator, prediction),
+        solve_s=time.monotonic() - started_s,
+    )
+
+
+class Search:
+    """What `solve` has found so far."""
+
+    def __init__(self, problem: PlanProblem, gap: float, until_s: float) -> None:
+        self.evaluator = Evaluator(problem)
+        self.problem, self.gap, self.until_s = problem, gap, until_s
+        self.found: list[Candidate] = []
+        self.smallest: Placement | None = None
+        self.bounds: dict[int, Bound] = {}
+        self.values: dict[Shape, float] = {}
+        self.layers = len(problem.layers) - problem.frozen_below
+
+    def run(self) -> None:
+        for policy in FIXED_POLICIES:
+            self.add(fixed_policy(self.problem, policy), policy)
+            if policy == "keep" and self.found:
+                return
+        for shorter, longest in pairwise([0, *lengths(self.layers)]):
+            if (least := bound(self.evaluator, shorter + 1, longest)) is not None:
+                self.bounds[longest] = least
+        by_length: dict[int, Shape] = {}
+        for shape in sorted(self.seeds(), key=self.value):
+            if self.value(shape) < float("inf"):
+                by_length.setdefault(shape.longest, shape)
+        for shape, tries in zip(by_length.values(), CLIMBS):
+            if time.monotonic() < self.until_s:
+                self.place(climb(self.evaluator, shape, self.value, tries))
+        if not self.found:
+            self.smallest = smallest_device(self.problem)
+            self.add(self.smallest)
+        if self.found and not self.done():
+            self.add(best_near(self.evaluator, [c.placement for c in self.found], self.fastest))
+
+    @property
+    def bound_s(self) -> float:
+        if not self.bounds:
+            return self.found[0].step_s
+        return min(least.step_s for least in self.bounds.values())
+
+    def done(self) -> bool:
+        best = min((candidate.step_s for candidate in self.found), default=float("inf"))
+        return best <= self.bound_s * (1 + self.gap) or time.monotonic() > self.until_s
+
+    def fastest(self, walk: Walk) -> Key:
+        over = self.evaluator.over(walk)
+        return (sum(over.values()), same_s(walk.step_s, digits=11), walk.lanes_s)
+
+    def add(self, placement: Placement, policy: str = "") -> bool:
+        """Takes note of a placement, if it fits."""
+        walk = self.evaluator.walk(placement)
+        if fits := not self.evaluator.over(walk):
+            family = policy or longest_segment(placement)
+            kind = policy or kind_of(placement)
+            self.found.append(Candidate(kind, family, placement, walk.step_s, walk.lanes_s))
+        return fits
+
+    def value(self, shape: Shape) -> float:
+        """Seconds a shape takes by its program."""
+        if shape not in self.values:
+            solved = RowProgram(self.evaluator, shape, self.evaluator.limits).solve()
+            self.values[shape] = solved.value if solved else float("inf")
+        return same_s(self.values[shape], digits=9)
+
+    def seeds(self) -> Iterator[Shape]:
+        """Even segments of every length, with the relaxation's kept layers and none; then short ones at the top."""
+        even: list[Shape] = []
+        for longest, least in self.bounds.items():
+            for kept in {least.kept, 0}:
+                for between in ("o", "xo") if longest > 2 else ("o",):
+                    even.append(even_shape(self.evaluator, -(-(self.layers - kept) // longest), kept, between))
+        yield from even
+        for shape in sorted(even, key=self.value)[:3]:
+            yield replace(shape, prefetch=0)
+            for top in ((1,), (2,), (1, 1), (1, 2)):
+                if sum(top) < shape.kept_from - self.problem.frozen_below and max(top) < shape.longest:
+                    yield topped(self.evaluator, shape, top)
+
+    def place(self, shape: Shape) -> None:
+        """Adds a shape's placements, the program's budgets moved until the walk agrees with them.
+
+        More layers in flight even out what layers of different kinds and whole tiles make uneven, for some memory.
+        """
+        limits: dict[str, float] = dict(self.evaluator.limits)
+        best_s = float("inf")
+        for attempt in range(ROUNDS):
+            solved = RowProgram(self.evaluator, shape, limits, blocks=48, pieces=32).solve()
+            if solved is None:
+                return
+            before_s = best_s
+            placement = decode(self.evaluator, shape, solved)
+            walks: list[tuple[float, int, Walk]] = []
+            for slots in SLOTS:
+                slotted = placement.model_copy(update={"slots": slots})
+                walk = self.evaluator.walk(slotted)
+                walks.append((same_s(walk.step_s, digits=6), slots, walk))
+                if self.add(slotted):
+                    best_s = min(best_s, walk.step_s)
+            walk = min(walks)[-1]
+            over = self.evaluator.over(walk)
+            if not over and best_s > before_s * (1 - 1e-5):
+                return
+            for name, limit in self.evaluator.limits.items():
+                if name in over:
+                    limits[name] -= over[name] + 1e-5 * 2**attempt * limit
+                elif not over:
+                    limits[name] += 0.9 * (limit - self.evaluator.used(walk)[name])
+
+
+def same_s(seconds: float, *, digits: int) -> float:
+    """Seconds rounded to significant digits: what sums in another order are equal to."""
+    return float(f"{seconds:.{digits}g}")
+
+
+def longest_segment(placement: Placement) -> int:
+    return max((len(unit) for unit in placement.units() if not placement.layers[unit.start].keep), default=0)
+
+
+def kind_of(placement: Placement) -> str:
+    """A plan in a few words."""
+    kept = sum(layer.keep for layer in placement.layers)
+    longest = longest_segment(placement)
+    if longest == 0:
+        return "keep"
+    rebuilt = "each layer from its input" if longest == 1 else f"segments of up to {longest} layers"
+    return f"{rebuilt}, {kept} of {len(placement.layers)} layers kept" if kept else rebuilt
+
+
+def bottleneck(evaluator: Evaluator, prediction: Prediction) -> str:
+    """What costs most beyond the compute that no plan avoids, and which budgets are full."""
+    parts = prediction.parts
+    costs = {
+        "recomputing attention": parts.rebuild_attention_s,
+        "recomputing linear layers": parts.rebuild_linear_s + parts.inner_forward_s,
+        **{f"waiting for {lane.replace('_', ' ')}": seconds for lane, seconds in parts.stall_s.items()},
+    }
+    name, seconds = max(costs.items(), key=lambda cost: cost[1])
+    if seconds <= 0.005 * prediction.step_s:
+        return "compute: nothing that a plan decides costs more than 0.5 % of the step"
+    used = {
+        "device": prediction.device_peak_bytes,
+        "host": prediction.host_bytes,
+        "disk": prediction.disk_bytes,
+        "disk_write": prediction.written_bytes,
+    }
+    full = [
+        n.replace("disk_write", "disk writes") for n, limit in evaluator.limits.items() if used[n] > 0.98 * limit > 0
+    ]
+    reason = f"; full: {', '.join(full)}" if full else ""
+    return f"{name}: {seconds:.4g} s, {100 * seconds / prediction.step_s:.1f} % of the step{reason}"
+
+
+def longest(problem_at: Callable[[int], PlanProblem], *, step_tokens: int, most_tokens: int) -> int:
+    """The longest context, a multiple of `step_tokens` up to `most_tokens`, that fits; 0 when none does.
+
+    The least device memory grows almost in proportion to the context, so a line through what is known of both sides
+    finds the end in few tries (the side that stays counts half as much each time: Illinois' rule). A try costs a
+    `smallest_device`.
+    """
+    fits, fails = 0, most_tokens // step_tokens + 1
+    spare: dict[int, float] = {}
+    guess = fails - 1
+    while fails - fits > 1:
+        problem = problem_at(guess * step_tokens)
+        evaluator = Evaluator(problem)
+        spare.setdefault(0, evaluator.limits["device"] - evaluator.fixed["device"])
+        walk = evaluator.walk(smallest_device(problem))
+        spare[guess] = evaluator.limits["device"] - walk.peak
+        if evaluator.over(walk):
+            stale, fails = fits, guess
+        else:
+            stale, fits = fails, guess
+        guess = (fits + fails) // 2
+        if fails in spare and spare[fits] > 0 > spare[fails]:
+            guess = round(fits + (fails - fits) * spare[fits] / (spare[fits] - spare[fails]))
+            spare[stale] /= 2
+        guess = min(max(guess, fits + 1), fails - 1)
+    return fits * step_tokens

@@ -1,0 +1,147 @@
+"""What is in memory through the whole step, whatever the activations do: weights, gradients, optimizer, buffers.
+
+Counted per rank and tier from how the engines are written (`trainer.engine_plain`, `trainer.engine_deepspeed`) and,
+behind the latter, DeepSpeed 0.19's optimizer classes. Gradients that exist only between a layer's backward and the
+optimizer step are not states: `gradient_width` says how wide they are, and they are booked with the layer. Buffers of
+the all-to-alls are made and freed within a layer and therefore belong to its peaks; only what the communication library
+itself holds is a state.
+"""
+
+from __future__ import annotations
+
+from farspan.memory.hardware import Hardware
+from farspan.memory.plan import Tier
+from farspan.memory.problem import State
+from farspan.memory.shape import ModelShape, Training
+
+FP32 = 4
+MOMENTS = 2
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed reduces so many gradients at once, or twice the trained weights if that is less."""
+LIVE_ELEMENTS = 1_000_000_000
+"""ZeRO-3 gathers weights ahead and keeps those soon used again, up to so many (DeepSpeed's default)."""
+
+
+def gradient_width(training: Training) -> int:
+    """Bytes per trained weight of gradients that stay on the device from backward to the optimizer step, in no buffer.
+
+    Plain engine: only one rank's fp32 parameters keep the gradient autograd makes; all others are moved to the flat
+    buffer at once. ZeRO 1 reduces after backward: whole gradients stay, in bf16 as they come, in fp32 when their
+    accumulator is (offload) or the model is fp32. ZeRO 2 and 3 reduce through buckets while backward runs.
+    """
+    if training.zero == 0:
+        width = training.adapter_width_bytes
+        return FP32 if width == FP32 and training.world_size == 1 else 0
+    if training.zero > 1:
+        return 0
+    return FP32 if training.cpu_offload else training.width_bytes
+
+
+def model_states(shape: ModelShape, training: Training, hardware: Hardware) -> tuple[State, ...]:
+    """All states of one rank with any bytes, largest first on each tier."""
+    found: list[tuple[str, Tier, int]] = [
+        ("context", "device", hardware.context_bytes),
+        ("collectives", "device", hardware.collective_bytes if training.world_size > 1 else 0),
+        *(_plain(shape, training) if training.zero == 0 else _zero(shape, training, hardware)),
+    ]
+    states = [State(name=name, tier=tier, bytes=size) for name, tier, size in found if size]
+    return tuple(sorted(states, key=lambda state: -state.bytes))
+
+
+def weight_bytes(shape: ModelShape, training: Training) -> int:
+    """The model in its dtype, adapters in theirs; whole."""
+    if training.adapter is None:
+        return shape.parameters * training.width_bytes
+    adapters = shape.layers * training.trained_in_layer(shape)
+    copies = sum(training.trained_outside(shape))  # peft trains a copy of a module it saves and keeps the original
+    return (shape.parameters + copies) * training.width_bytes + adapters * training.adapter_width_bytes
+
+
+def _plain(shape: ModelShape, training: Training) -> list[tuple[str, Tier, int]]:
+    """`PlainEngine`: all of it on every rank. A flat fp32 buffer takes the gradients with several ranks or in bf16;
+    masters are apart from the weights only in bf16; two fp32 moments."""
+    trained = training.trained(shape)
+    narrow = training.adapter_width_bytes < FP32
+    return [
+        ("weights", "device", weight_bytes(shape, training)),
+        ("gradients", "device", FP32 * trained * (narrow or training.world_size > 1)),
+        ("masters", "device", FP32 * trained * narrow),
+        ("moments", "device", MOMENTS * FP32 * trained),
+    ]
+
+
+def bucket_elements(trained: int) -> int:
+    """`reduce_bucket_size` as `trainer.engine_deepspeed` sets it."""
+    return min(BUCKET_ELEMENTS, max(2 * trained, 1024) // 2 * 2)
+
+
+def _zero(shape: ModelShape, training: Training, hardware: Hardware) -> list[tuple[str, Tier, int]]:
+    """DeepSpeed: masters and moments of a rank's share; at stage 3 weights too.
+
+    Stage 1, bf16, on the device (`BF16_Optimizer`): one flat fp32 buffer for the gradients of all. Otherwise stages 1
+    and 2 (`DeepSpeedZeroOptimizer`): a bucket while backward runs; at stage 2, which reduces then, a flattened copy of
+    what is in it, another for the wire if these are not fp32, and the reduced fp32 gradients of the share. Stage 3: an
+    fp32 bucket with the padded input of its reduce-scatter, gradients of the share, and the weights gathered.
+    """
+    e, world, trained = training.width_bytes, training.world_size, training.trained(shape)
+    share, offload, weights = -(-trained // world), training.cpu_offload, weight_bytes(shape, training)
+    home: Tier = "host" if offload else "device"
+    # page-locked memory comes in powers of two from torch's allocator
+    pinned = offload and hardware.device_type == "cuda"
+    reduced: tuple[str, Tier, int] = ("gradients", home, _pinned(FP32 * share, pinned))
+    bucket = bucket_elements(trained)
+    sharded: list[tuple[str, Tier, int]] = [
+        ("masters", home, _pinned(FP32 * share, pinned)),
+        ("moments", home, MOMENTS * FP32 * share),
+    ]
+    if training.zero == 3:
+        return [
+            ("weights", "device", -(-weights // world)),
+            ("gathered weights", "device", min(shape.parameters, LIVE_ELEMENTS) * e if world > 1 else 0),
+            *sharded,
+            reduced,
+            ("gradient bucket", "device", FP32 * (bucket + min(bucket, trained))),
+        ]
+    sharded.insert(0, ("weights", "device", weights))
+    if offload:
+        largest = shape.vocab * shape.hidden if training.trains("embed_tokens") else shape.hidden * shape.ffn
+        sharded += [
+            ("rounded weights", home, _pinned(e * share, pinned)),
+            ("staging", home, _pinned(e * largest, pinned)),
+            ("gradient staging", "device", e * largest),
+        ]
+    if training.zero == 2:
+        copies = e + (FP32 if e < FP32 else 0)
+        staged = e * bucket + copies * min(bucket, trained)
+        return [*sharded, reduced, ("gradient bucket", "device", staged)]
+    if e < FP32 and not offload:
+        return [*sharded, ("gradients", "device", FP32 * trained)]
+    return [*sharded, *[reduced] * offload, ("gradient bucket", "device", FP32 * bucket)]
+
+
+def _pinned(size_bytes: int, pinned: bool) -> int:
+    return 1 << (size_bytes - 1).bit_length() if pinned and size_bytes else size_bytes
+
+
+def step_peak_bytes(shape: ModelShape, training: Training) -> int:
+    """Optimizer step beyond states and staying gradients: nothing where updates go in place (plain engine, stage 3), a
+    copy of the share's fp32 gradients at stages 1 and 2; stage 1 in bf16 reduces in buckets, copied twice."""
+    trained = training.trained(shape)
+    if training.zero == 1 and training.width_bytes < FP32 and not training.cpu_offload:
+        return 2 * FP32 * min(bucket_elements(trained), trained)
+    return -(-FP32 * trained // training.world_size) if training.zero in (1, 2) else 0
+
+
+def optimizer_s(shape: ModelShape, training: Training, hardware: Hardware) -> float:
+    """One step: gradients summed over ranks, norm and clipping, AdamW, weights written (and gathered again).
+
+    By bytes: AdamW reads gradient, master and moments and writes the last three and the weight; norm and clipping read
+    the gradient twice and write it once. The sum over ranks moves 2 (world - 1) / world of fp32 gradients per rank.
+    """
+    e, world, trained = training.width_bytes, training.world_size, training.trained(shape)
+    own = trained if training.zero == 0 else -(-trained // world)
+    passes = 4 * FP32 + 3 * FP32 + e + 3 * FP32
+    seconds = own * passes / (hardware.host_memory_bytes_per_s if training.cpu_offload else hardware.memory_bytes_per_s)
+    if training.cpu_offload:
+        seconds += own * FP32 / hardware.copy_out_bytes_per_s + own * e / hardware.copy_in_bytes_per_s
+    return seconds + 2 * (world - 1) / world * FP32 * trained / hardware.all_to_all_bytes_per_s

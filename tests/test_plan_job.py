@@ -1,0 +1,153 @@
+"""`farspan plan`: tables, JSON, exit codes, policies; and that a run carries the plan out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farspan import LoRA, MemoryBudget, Parallel, RandomModel, SFTJob, TextData
+from farspan.errors import DoesNotFit, JobError
+from farspan.jobs import cli
+from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine_beside, model_facts
+from farspan.jobs.origins import origins_in_python
+from farspan.jobs.plan import plan, require_fit, shape_of
+from farspan.jobs.plan_view import placed_shares
+from farspan.jobs.resolve import resolve
+from farspan.memory.config import split_disk
+
+LLAMA_8B = RandomModel(family="llama", hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab="125k")
+
+
+def planned(context: str, *, model: RandomModel = LLAMA_8B, parallel: Parallel | None = None, **memory: Any) -> Any:
+    job = SFTJob(
+        name="p",
+        model=model,
+        data=TextData("stdlib", context=context),
+        adapter=LoRA(rank=16),
+        parallel=parallel or Parallel(),
+        memory=MemoryBudget(**{"hardware": "h200", **memory}),
+    )
+    facts, machine = model_facts(job.model), machine_beside(job)
+    resolved = resolve(job, facts, machine, origins_in_python(job))
+    hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)
+    return plan(job, resolved.train, facts, hardware)
+
+
+def test_short_sequences_stay_on_the_device() -> None:
+    found = planned("8k")
+    assert found.placement.keeps_everything
+    assert found.prediction.moved_bytes == dict.fromkeys(found.prediction.moved_bytes, 0)
+
+
+def test_longer_ones_never_recompute_much_attention_and_stay_within_budget() -> None:
+    found = planned("128k")
+    assert found.prediction.fits and found.solution.gap < 0.05
+    assert placed_shares(found)["O"]["recompute"] < 0.05
+    fixed = [planned("128k", plan=policy) for policy in ("recompute", "offload-inputs", "memo")]
+    assert found.prediction.step_s <= min(p.prediction.step_s for p in fixed if p.prediction.fits)
+
+
+def test_a_policy_that_does_not_fit_is_refused_with_the_sum() -> None:
+    found = planned("128k", plan="keep")
+    assert not found.prediction.fits
+    with pytest.raises(DoesNotFit, match="the policy keep does not fit") as refused:
+        require_fit(found)
+    assert "memory.plan=solve" in refused.value.try_
+
+
+def test_more_ranks_hold_longer_sequences() -> None:
+    with pytest.raises(DoesNotFit):
+        planned("2M")
+    assert planned("2M", parallel=Parallel(sp=8)).prediction.fits
+
+
+@pytest.mark.parametrize(("family", "kept_kib"), [("llama", 181.2), ("qwen3", 201.5)])
+def test_shape_from_a_job(family: Any, kept_kib: float) -> None:
+    """What autograd keeps per token and layer at the 8B width under bf16 LoRA, as measured on unmodified layers."""
+    found = planned("8k", model=LLAMA_8B.model_copy(update={"family": family}))
+    assert found.problem.kinds[0].keep_bytes / 8192 / 1024 == pytest.approx(kept_kib, rel=0.01)
+
+
+def test_windows_of_a_config(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 99,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    from farspan import Model
+
+    facts = model_facts(Model(str(tmp_path)))
+    assert facts.windows == (128, None, 128)
+    assert [shape_of(facts).form(layer).window for layer in range(3)] == [128, None, 128]
+
+
+def test_this_machine_is_planned_for_its_share_of_memory() -> None:
+    job = SFTJob(name="p", model=RandomModel(), data=TextData("stdlib", context="8k"))
+    machine = Machine(({"CPU": 4.0},), cpu_memory_bytes=8 << 30)
+    assert hardware_of(job, machine, ranks=2, use_gpu=False).device_bytes == 4 << 30
+    gpus = Machine(({"CPU": 8.0, "GPU": 2.0},), 256 << 30, gpu_memory_bytes=80 << 30, gpu_name="NVIDIA H100 80GB HBM3")
+    hardware = hardware_of(job, gpus, ranks=2, use_gpu=True)
+    assert hardware.device_type == "cuda" and hardware.device_bytes <= 80 << 30
+    assert hardware.host_bytes <= 128 << 30
+
+
+def test_disk_as_users_write_it() -> None:
+    assert split_disk("/nvme:2TiB") == ("/nvme", 2 << 40)
+    assert split_disk("64GiB") == (None, 64 << 30)
+    assert MemoryBudget(disk=1000).disk == "1000"
+    with pytest.raises(ValueError, match="not a size"):
+        MemoryBudget(disk="/nvme")
+
+
+JOB = """
+from farspan import SFTJob, RandomModel, TextData, LoRA, MemoryBudget
+job = SFTJob(name="p", model=RandomModel(family="llama", hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336,
+             vocab="125k"), data=TextData("stdlib", context="64k"), adapter=LoRA(rank=16),
+             memory=MemoryBudget(hardware="h200"))
+"""
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.py"
+    path.write_text(JOB)
+    assert cli.main(["plan", str(path), "--json", "--longest"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["step_s"] > 0 and found["solve_s"] < 10
+    assert found["longest_context_tokens"] > 300_000
+    assert found["next_best"]["step_s"] >= found["step_s"] * 0.999
+    assert any(line.startswith("matmul_flop_per_s") for line in found["assumed"])
+    assert cli.main(["plan", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "fits on NVIDIA H200" in shown and "next best" in shown and "device peak at" in shown
+    assert cli.main(["plan", str(path), "--set", "memory.plan=keep", "--set", "data.context=1M"]) == 3
+    assert cli.main(["plan", str(path), "--set", "data.context=8M"]) == 3
+    refused = capsys.readouterr().err
+    assert refused.count("\n") == 4 and "GiB" in refused, refused
+    assert cli.main(["plan", str(path), "--set", "memory.hardware=h300"]) == 2
+    assert "h200" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_ray_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "job.py"
+    path.write_text(JOB)
+    code = (
+        "import sys; from farspan.jobs import cli; "
+        f"assert cli.main(['plan', {str(path)!r}, '--json']) == 0; "
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stderr
+
+
+def test_models_that_are_not_counted_are_refused_by_name() -> None:
+    facts = ModelFacts(64, 2, 4, 2, 16, 128, 300, False, experts=8)
+    job = SFTJob(name="p", model=RandomModel(), data=TextData("stdlib", context="8k"))
+    machine = machine_beside(job)
+    train = resolve(job, facts, machine, origins_in_python(job)).train
+    with pytest.raises(JobError, match="8 experts"):
+        plan(job, train, facts, hardware_of(job, machine, ranks=1, use_gpu=False))
