@@ -17,7 +17,7 @@ from farspan.errors import JobError
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
-from farspan.memory.config import Tiers
+from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.trainer.config import LoRA, Mesh, TrainSpec
 
@@ -156,7 +156,7 @@ class _Resolution:
             accumulation=self.accumulation,
             warmup_steps=self.warmup_steps,
             optim=optim,
-            memory=job.memory,
+            memory=Tiles(loss_tile=job.memory.loss_tile, mlp_tile=job.memory.mlp_tile),
             checkpoint=job.checkpoint,
             evaluate=job.evaluate,
             track=job.track,

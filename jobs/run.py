@@ -100,7 +100,7 @@ def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine
 
     gang = resolved.gang
     if facts.experts > 1:
-        return _unpredicted(resolved, facts, console)
+        return _unpredicted(resolved, job, facts, console)
     hardware = hardware_of(job, here, ranks=gang.world_size, use_gpu=gang.use_gpu)
     planned = plan(job, resolved.train, facts, hardware)
     require_fit(planned)
@@ -117,9 +117,9 @@ def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine
     )
 
 
-def _unpredicted(resolved: Resolved, facts: ModelFacts, console: Console) -> Resolved:
+def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Console) -> Resolved:
     """Layers whose cost depends on routing: only policies that need no prediction."""
-    policy, layers = resolved.train.memory.plan, facts.layers
+    policy, layers = job.memory.plan, facts.layers
     make = {"keep": keep_everything, "recompute": checkpoint_every_layer}.get(policy)
     if make is None:
         raise JobError(

@@ -29,7 +29,17 @@ Disk = Annotated[
 ]
 
 
-class MemoryBudget(Schema):
+class Tiles(Schema):
+    """Rows of wide tensors that exist at one time. Part of the mathematics: sums are grouped by tile."""
+
+    loss_tile: Count = Field(default=2048, ge=16)
+    """Rows of logits that exist at one time; the whole logits matrix is never made."""
+
+    mlp_tile: Count | Literal["off"] = "off"
+    """Rows of the MLP that exist at one time in forward and backward; the MLP then runs twice."""
+
+
+class MemoryBudget(Tiles):
     """What a rank may use for a step, and who decides what goes where."""
 
     plan: Policy = "solve"
@@ -47,12 +57,6 @@ class MemoryBudget(Schema):
 
     hardware: str = "auto"
     """What to plan for: `auto` this machine, `h200`, `h100-80`, `a100-80`, `rtx4090`, `cpu`, or a JSON file."""
-
-    loss_tile: Count = Field(default=2048, ge=16)
-    """Rows of logits that exist at one time; the whole logits matrix is never made."""
-
-    mlp_tile: Count | Literal["off"] = "off"
-    """Rows of the MLP that exist at one time in forward and backward; the MLP then runs twice."""
 
 
 class Tiers(Schema):

@@ -9,8 +9,8 @@ Lanes run one operation at a time in the order of the program, as streams do, so
 the contract leaves a choice, this is what is simulated:
 
 - Time. `forward_s` contains its exchanges; `exchange_s` is what each inner and rebuilding forward adds. `inner_only`
-  classes run in inner forwards, not in rebuilds. Stored rows shorten both, down to `elementwise_s`. A layer without O to give
-  (`o_bytes` 0) runs its attention each time.
+  classes run in inner forwards, not in rebuilds. Stored rows shorten both, down to `elementwise_s`. A layer without O
+  to give (`o_bytes` 0) runs its attention each time.
 - Forward. Stored rows, x included, come to exist when their layer ends; until then they count as working memory. A
   layer is copied out tensor by tensor (x, o, linear classes in the order of the kind), host rows before disk rows. All
   layers, kept and frozen ones too, wait for `slots`; the head does not.

@@ -17,7 +17,7 @@ from itertools import pairwise
 from farspan.memory.capacity import ROUNDS, does_not_fit, smallest_device
 from farspan.memory.climb import climb, lengths, topped
 from farspan.memory.evaluate import Evaluator, Prediction, Walk
-from farspan.memory.milp import Bound, bound
+from farspan.memory.milp import INFINITY, Bound, bound
 from farspan.memory.plan import Placement
 from farspan.memory.policies import FIXED_POLICIES, fixed_policy
 from farspan.memory.polish import Key, best_near, decode
@@ -27,6 +27,8 @@ from farspan.schema import Schema
 
 SLOTS = (2, 3, 4)
 """Layers in flight that are tried."""
+FEW_LAYERS, FEW_SHAPES = 4, 12
+"""So few layers make programs coarse and walks cheap: that many shapes become placements."""
 CLIMBS = (60, 20, 20)
 """Shapes tried in climbing from the best one, and from the best of other lengths."""
 
@@ -127,13 +129,14 @@ class Search:
         for shorter, longest in pairwise([0, *lengths(self.layers)]):
             if (least := bound(self.evaluator, shorter + 1, longest)) is not None:
                 self.bounds[longest] = least
+        shapes = [shape for shape in sorted(self.seeds(), key=self.value) if self.value(shape) < INFINITY]
         by_length: dict[int, Shape] = {}
-        for shape in sorted(self.seeds(), key=self.value):
-            if self.value(shape) < float("inf"):
-                by_length.setdefault(shape.longest, shape)
-        for shape, tries in zip(by_length.values(), CLIMBS):
+        for shape in shapes:
+            by_length.setdefault(shape.longest, shape)
+        climbed = [climb(self.evaluator, shape, self.value, tries) for shape, tries in zip(by_length.values(), CLIMBS)]
+        for shape in dict.fromkeys([*climbed, *(shapes[:FEW_SHAPES] if self.layers <= FEW_LAYERS else [])]):
             if time.monotonic() < self.until_s:
-                self.place(climb(self.evaluator, shape, self.value, tries))
+                self.place(shape)
         if not self.found:
             self.smallest = smallest_device(self.problem)
             self.add(self.smallest)
@@ -147,7 +150,7 @@ class Search:
         return min(least.step_s for least in self.bounds.values())
 
     def done(self) -> bool:
-        best = min((candidate.step_s for candidate in self.found), default=float("inf"))
+        best = min((candidate.step_s for candidate in self.found), default=INFINITY)
         return best <= self.bound_s * (1 + self.gap) or time.monotonic() > self.until_s
 
     def fastest(self, walk: Walk) -> Key:
@@ -167,19 +170,25 @@ class Search:
         """Seconds a shape takes by its program."""
         if shape not in self.values:
             solved = RowProgram(self.evaluator, shape, self.evaluator.limits).solve()
-            self.values[shape] = solved.value if solved else float("inf")
+            self.values[shape] = solved.value if solved else INFINITY
         return same_s(self.values[shape], digits=9)
 
     def seeds(self) -> Iterator[Shape]:
-        """Even segments of every length, with the relaxation's kept layers and none; then short ones at the top."""
+        """Even segments of every length, with the relaxation's kept layers and none; then short ones at the top.
+
+        Nothing is fetched ahead where that is what makes a shape fit.
+        """
         even: list[Shape] = []
+        few = range(self.layers) if self.layers <= FEW_LAYERS else ()
         for longest, least in self.bounds.items():
-            for kept in {least.kept, 0}:
+            for kept in dict.fromkeys((least.kept, 0, *few)):
                 for between in ("o", "xo") if longest > 2 else ("o",):
                     even.append(even_shape(self.evaluator, -(-(self.layers - kept) // longest), kept, between))
+        even = list(dict.fromkeys(even))
+        best = sorted(even, key=self.value)[:3]
+        even += [replace(shape, prefetch=0) for shape in even if few or shape in best or self.value(shape) == INFINITY]
         yield from even
         for shape in sorted(even, key=self.value)[:3]:
-            yield replace(shape, prefetch=0)
             for top in ((1,), (2,), (1, 1), (1, 2)):
                 if sum(top) < shape.kept_from - self.problem.frozen_below and max(top) < shape.longest:
                     yield topped(self.evaluator, shape, top)
@@ -190,7 +199,7 @@ class Search:
         More layers in flight even out what layers of different kinds and whole tiles make uneven, for some memory.
         """
         limits: dict[str, float] = dict(self.evaluator.limits)
-        best_s = float("inf")
+        best_s = INFINITY
         for attempt in range(ROUNDS):
             solved = RowProgram(self.evaluator, shape, limits, blocks=48, pieces=32).solve()
             if solved is None:

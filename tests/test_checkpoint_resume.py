@@ -46,7 +46,7 @@ def _tails(name: str) -> list[str]:
 CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({}, {}),
     ({"mesh": Mesh(dp=1, sp=4), "accumulation": 4, "zero": 3, "cpu_offload": True}, {}),
-    ({"memory": MemoryBudget(plan="recompute"), "attempt": 3}, {}),
+    ({"memory": MemoryBudget(mlp_tile=64), "attempt": 3}, {}),
     ({"checkpoint": Checkpoint(every=1, keep=9), "track": Track(wandb="x"), "run_dir": "/moved"}, {}),
     ({"evaluate": Evaluate(every=3)}, {}),
     ({"optim": Optim(tokens_per_step="256")}, {}),

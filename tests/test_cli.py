@@ -142,7 +142,7 @@ def test_help_names_every_verb_and_is_quick(here):
         taken_s.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0
     verbs = re.findall(r"• (\w+) +(\S.*)", done.stdout)
-    assert [verb for verb, _ in verbs] == ["run", "submit", "data", "doctor", "report", "export", "bench"]
+    assert [verb for verb, _ in verbs] == ["plan", "run", "submit", "data", "doctor", "report", "export", "bench"]
     assert "farspan run job.py --set" in done.stdout and "Exit codes" in done.stdout
     assert min(taken_s) < 0.6, taken_s
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from farspan.memory.config import MemoryBudget, Tiers
+from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Schema
 
@@ -223,7 +223,7 @@ class TrainSpec(Schema):
     """Micro-batches (packs) per dp group in one optimizer step."""
     warmup_steps: int = Field(ge=0)
     optim: Optim
-    memory: MemoryBudget
+    memory: Tiles
     placement: Placement | None = None
     """What each decoder layer stores and where; None: autograd's own way."""
     tiers: Tiers | None = None

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from farspan.errors import JobError
-from farspan.memory.config import MemoryBudget
+from farspan.memory.config import Tiles
 from farspan.memory.executor import Executor
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
@@ -230,7 +230,7 @@ def prepare_model(
     causal: PreTrainedModel,
     *,
     adapter: LoRA | FullFineTune,
-    memory: MemoryBudget,
+    memory: Tiles,
     seed: int,
     placement: Placement | None = None,
     store: Store | None = None,
