@@ -22,6 +22,7 @@ from farspan.memory.profile import (
     KindProfile,
     LinearProfile,
     PairTime,
+    Peak,
     Profile,
     Source,
 )
@@ -103,10 +104,11 @@ def _kind(
     if working_set == "today" and training.mlp_tile is not None:
         backward_s += 2 * sum(m for name, m in mults.items() if name in MLP) / matmul_flop_per_s
     backward_s += sizes.backward_traffic / hardware.memory_bytes_per_s
+    attention = _attention(shape, form, training, hardware)
     return KindProfile(
         name=form.name,
         x_bytes_per_row=training.width_bytes * shape.hidden,
-        attention=_attention(shape, form, training, hardware),
+        attention=attention,
         linear=_linear(shape, training, matmul_flop_per_s, working_set),
         keep_bytes=sizes.keep,
         forward_s=exchange_s.model_copy(update={"per_row": exchange_s.per_row + matmul_s + elementwise_s}),
@@ -115,10 +117,21 @@ def _kind(
         exchange_s=exchange_s,
         forward_peak=sizes.forward_peak,
         keep_forward_peak=sizes.keep_forward_peak,
-        rebuild_peak=sizes.rebuild_peak,
+        rebuild_peak=_without(sizes.rebuild_peak, attention.o_bytes_per_row * training.sp),
         keep_backward_peak=sizes.keep_backward_peak,
         gradient_bytes=stays * training.trained_in_layer(shape),
     )
+
+
+def _without(peak: Peak, bytes_per_row: float) -> Peak:
+    """A peak less what is held anyway."""
+    moments = (
+        moment.model_copy(
+            update={"bytes": moment.bytes.model_copy(update={"per_row": moment.bytes.per_row - bytes_per_row})}
+        )
+        for moment in peak.moments
+    )
+    return Peak(moments=tuple(moments))
 
 
 def _attention(shape: ModelShape, form: LayerForm, training: Training, hardware: Hardware) -> AttentionProfile:

@@ -315,12 +315,12 @@ class Walk:
             self.seconds["rebuild_linear_s"] += cost.rebuild_s
             self.seconds["rebuild_attention_s"] += attention_s
             self.seconds["attention_backward_s"] += kind.attention_backward_s
+            if layer == layers[-1]:
+                self.device += kind.o_bytes - cost.o
             working = kind.rebuild_peak_bytes + (0 if inputs else own_input)
             again_s = cost.rebuild_s + attention_s + kind.attention_backward_s
             self.moment("rebuild and backward", layer, working, kind.backward_s, "backward_s", again_s)
-            self.device -= cost.stored + (own_input if inputs else 0)
-            if layer != layers[-1]:
-                self.device -= kind.o_bytes - cost.o
+            self.device -= cost.stored + kind.o_bytes - cost.o + (own_input if inputs else 0)
 
     def inner_forward(self, layers: range, *, first: bool, keep_inputs: bool) -> None:
         """From the segment's head to the layer before `layers`' last, whose input it leaves."""

@@ -126,7 +126,7 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
     accumulates = problem.micro_batches > 1
     base = fixed["device"] + problem.head.held_bytes + (evaluator.gradient_bytes if accumulates else 0)
     rebuild = min(kind.rebuild_peak_bytes for kind in by_name.values())
-    least = base + rebuild + (shortest - 1) * min(kind.o_bytes for kind in by_name.values())
+    least = base + rebuild + shortest * min(kind.o_bytes for kind in by_name.values())
     if max(least, fixed["device"] + evaluator.gradient_bytes + problem.head.step_peak_bytes) > limits["device"]:
         return None
     unit_bytes = float(max(1, *limits.values()))

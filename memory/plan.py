@@ -30,7 +30,8 @@ How a step runs, which is what predicted time and memory stand on:
 4. A segment first runs its inner forward from the head to the last layer but one, taking stored rows as given.
    It leaves the complete O of each layer (stored rows of that O are released then) and, with `between="xo"`, the input
    of the next; with `between="o"` inputs are recomputed from the head for every layer. Then each layer, last first, is
-   rebuilt with autograd and run backward; its x, O and other rows are released after it.
+   rebuilt with autograd and run backward, its O complete meanwhile (the last layer's in place of its stored rows); its
+   x, O and other rows are released after it.
 """
 
 from __future__ import annotations

@@ -93,14 +93,18 @@ def split(rows: Rows, whole: int, parts: int) -> list[int]:
     return [counts[0], counts[1] - counts[0], counts[2] - counts[1]]
 
 
-def best_near(evaluator: Evaluator, placements: Sequence[Placement], key: Callable[[Walk], Key]) -> Placement:
+def best_near(
+    evaluator: Evaluator, placements: Sequence[Placement], key: Callable[[Walk], Key], almost: Sequence[Placement] = ()
+) -> Placement:
     """The best that local search finds from the best of some placements.
 
-    Few layers make a rough landscape and cheap walks: there it starts from several, on a deep model from one.
+    Few layers make a rough landscape and cheap walks: there it starts from several, some of them placements that
+    `almost` fit; on a deep model from one.
     """
+    starts = min(8, max(1, 24 // len(evaluator.kinds)))
+    taken = list(almost[: starts // 2])
     walked = [(key(evaluator.walk(placement)), index, placement) for index, placement in enumerate(placements)]
-    starts = min(6, max(1, 24 // len(evaluator.kinds)))
-    best = [placement for _, _, placement in sorted(walked)[:starts]]
+    best = [placement for _, _, placement in sorted(walked)[: starts - len(taken)]] + taken
     if starts > 1:
         improved = [improve(evaluator, placement, key, at_once=2) for placement in best]
         best = sorted(improved, key=lambda placement: key(evaluator.walk(placement)))

@@ -251,7 +251,10 @@ class _Program:
         held = [_fetched(block) for block in self.stored[layer] if last or block.tensor != "o"]
         held += [] if layer == head else [self.of(layer, "input")]
         held += [] if last else [self.of(layer, "complete o")]
-        work = _device(f"layer {layer} rebuild and backward", self.kinds[layer].rebuild_peak_bytes)
+        kind = self.kinds[layer]
+        stored_o_bytes = sum(block.bytes for block in self.stored[layer] if block.tensor == "o")
+        completed_bytes = kind.o_bytes - stored_o_bytes if last else 0
+        work = _device(f"layer {layer} rebuild and backward", kind.rebuild_peak_bytes + completed_bytes)
         seconds = self.recompute_s(layer, inner=False, attention=last)
         drops = [self.of(layer + 1, "input gradient")]
         self.compute("rebuild", f"layer {layer} rebuild", seconds, drops=drops, makes=[work])

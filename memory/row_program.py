@@ -283,18 +283,16 @@ class RowProgram:
         for unit in block.units:
             inner, last = unit[:-1], kinds[unit[-1]]
             inputs = sum(kinds[n].x_bytes for n in (unit[1:] if self.shape.between == "xo" else unit[1:][-1:]))
-            whole = sum(kinds[n].o_bytes for n in inner)
+            whole = sum(kinds[n].o_bytes for n in unit)
             forward = max((kinds[n].forward_peak_bytes for n in inner), default=0)
             highest = max(
                 highest, whole + inputs + max(last.rebuild_peak_bytes, forward + last.x_bytes if inner else 0)
             )
         released: list[tuple[int, float]] = []
         share_of_units = 1 / len(block.units) / self.unit_bytes
-        ends = {unit[-1] for unit in block.units}
         for share in block.shares.values():
-            count = sum(n not in ends for n in share.layers)
-            if share.o is not None and count:
-                released += [(c, -share_of_units * count * share.kind.o_bytes) for c in share.o]
+            if share.o is not None:
+                released += [(c, -share_of_units * len(share.layers) * share.kind.o_bytes) for c in share.o]
         return released, highest
 
     def _stalls(self) -> None:

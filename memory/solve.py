@@ -29,8 +29,8 @@ SLOTS = (2, 3, 4)
 """Layers in flight that are tried."""
 FEW_LAYERS, FEW_SHAPES = 4, 12
 """So few layers make programs coarse and walks cheap: that many shapes become placements."""
-CLIMBS = (60, 20, 20)
-"""Shapes tried in climbing from the best one, and from the best of other lengths."""
+CLIMBS = (60, 40, 40, 20)
+"""Shapes tried in climbing from the best one, and from the best of other lengths and prefetches."""
 
 
 class Alternative(Schema):
@@ -116,6 +116,8 @@ class Search:
         self.evaluator = Evaluator(problem)
         self.problem, self.gap, self.until_s = problem, gap, until_s
         self.found: list[Candidate] = []
+        self.almost: list[Placement] = []
+        """What programs promised and rounding broke, the fastest first."""
         self.smallest: Placement | None = None
         self.bounds: dict[int, Bound] = {}
         self.values: dict[Shape, float] = {}
@@ -130,18 +132,20 @@ class Search:
             if (least := bound(self.evaluator, shorter + 1, longest)) is not None:
                 self.bounds[longest] = least
         shapes = [shape for shape in sorted(self.seeds(), key=self.value) if self.value(shape) < INFINITY]
-        by_length: dict[int, Shape] = {}
+        kinds: dict[tuple[int, int], Shape] = {}
         for shape in shapes:
-            by_length.setdefault(shape.longest, shape)
-        climbed = [climb(self.evaluator, shape, self.value, tries) for shape, tries in zip(by_length.values(), CLIMBS)]
-        for shape in dict.fromkeys([*climbed, *(shapes[:FEW_SHAPES] if self.layers <= FEW_LAYERS else [])]):
+            kinds.setdefault((shape.longest, shape.prefetch), shape)
+        climbed = [climb(self.evaluator, shape, self.value, tries) for shape, tries in zip(kinds.values(), CLIMBS)]
+        more = shapes[:FEW_SHAPES] if self.layers <= FEW_LAYERS else []
+        for shape in dict.fromkeys([*climbed, *more]):
             if time.monotonic() < self.until_s:
                 self.place(shape)
         if not self.found:
             self.smallest = smallest_device(self.problem)
             self.add(self.smallest)
         if self.found and not self.done():
-            self.add(best_near(self.evaluator, [c.placement for c in self.found], self.fastest))
+            placements = [candidate.placement for candidate in self.found]
+            self.add(best_near(self.evaluator, placements, self.fastest, self.almost))
 
     @property
     def bound_s(self) -> float:
@@ -188,7 +192,7 @@ class Search:
         best = sorted(even, key=self.value)[:3]
         even += [replace(shape, prefetch=0) for shape in even if few or shape in best or self.value(shape) == INFINITY]
         yield from even
-        for shape in sorted(even, key=self.value)[:3]:
+        for shape in sorted(even, key=self.value)[:5]:
             for top in ((1,), (2,), (1, 1), (1, 2)):
                 if sum(top) < shape.kept_from - self.problem.frozen_below and max(top) < shape.longest:
                     yield topped(self.evaluator, shape, top)
@@ -215,11 +219,13 @@ class Search:
                     best_s = min(best_s, walk.step_s)
             walk = min(walks)[-1]
             over = self.evaluator.over(walk)
+            if over and attempt == 0:
+                self.almost.append(placement)
             if not over and best_s > before_s * (1 - 1e-5):
                 return
             for name, limit in self.evaluator.limits.items():
                 if name in over:
-                    limits[name] -= over[name] + 1e-5 * 2**attempt * limit
+                    limits[name] -= over[name] + (1e-5 * 2**attempt * limit if attempt > 2 else 0)
                 elif not over:
                     limits[name] += 0.9 * (limit - self.evaluator.used(walk)[name])
 

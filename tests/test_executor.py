@@ -23,6 +23,8 @@ from farspan.trainer.config import FullFineTune, LoRA
 from farspan.trainer.models import _normed_after
 from farspan.trainer.tiling import tile_mlp
 
+pytestmark = pytest.mark.timeout(400)
+
 S = 900
 ADAPTERS = {"full": FullFineTune(), "lora": LoRA(rank=4), "dropout": LoRA(rank=4, dropout=0.2)}
 _kept: dict[Any, dict[str, torch.Tensor]] = {}

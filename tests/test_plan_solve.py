@@ -25,6 +25,8 @@ from farspan.memory.policies import FIXED_POLICIES, KEEP, fixed_policy
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
 from farspan.memory.solve import longest, smallest_device, solve
 
+pytestmark = pytest.mark.timeout(400)
+
 SAME = 1e-9
 
 
@@ -93,7 +95,7 @@ def test_keep_costs_forward_and_backward() -> None:
 def test_checkpointing_runs_each_layer_twice() -> None:
     prediction = placed(by_hand(), *[LayerPlan(x=Rows(device=4))] * 3)
     assert prediction.step_s == 3 * (4 + 8 + 5 + 20 + 4 + 8) + 2 + 1.5
-    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + 300 + 700
+    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + 300 + 40 + 700
     assert (prediction.parts.rebuild_linear_s, prediction.parts.rebuild_attention_s) == (12, 24)
 
 
@@ -102,7 +104,8 @@ def test_stored_rows_save_their_share() -> None:
     prediction = placed(by_hand(layers=1), late_half)
     assert prediction.parts.rebuild_attention_s == 8 * 0.5**2
     assert prediction.parts.rebuild_linear_s == 1 + 3 * 0.5
-    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + (100 + 20 + 30) + 700
+    # O is complete while the layer is rebuilt, the stored rows of up_proj are beside it
+    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + (100 + 40 + 30) + 700
 
 
 @pytest.mark.parametrize(("between", "passes"), [("xo", 3), ("o", 6)])
@@ -111,10 +114,9 @@ def test_a_segment_runs_attention_once_more(between: str, passes: int) -> None:
     assert prediction.parts.rebuild_attention_s == 4 * 8
     assert prediction.parts.inner_forward_s == passes * 4
     assert prediction.parts.rebuild_linear_s == 4 * 4
-    # a stored x, three whole O, working memory and: at the top layer's rebuild, all inputs; at the next one's, its own
-    # input and two layers' gradients
-    inputs = 300 + 7 if between == "xo" else 100 + 14
-    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 100 + 3 * 40 + inputs + 700
+    # the top layer's rebuild: a stored x, four whole O, and the inputs that are there
+    inputs = 300 if between == "xo" else 100
+    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + 100 + 4 * 40 + inputs + 700
 
 
 def test_copies_out_stall_the_layer_after_next() -> None:
@@ -150,7 +152,7 @@ def test_prefetch_hides_the_way_back(prefetch: int, stalled_s: float) -> None:
     prediction = placed(by_hand(links=links(copy_out=1e9)), head, head, head, prefetch=prefetch)
     assert prediction.parts.stall_s["copy_in"] == pytest.approx(stalled_s, abs=1e-6)
     early = {0: 1, 1: 2, 2: 3}[prefetch]
-    peaks = [1000 + 3 + 9 + 7 * (1 + unit) + 100 * min(early, 3 - unit) + 700 for unit in range(3)]
+    peaks = [1000 + 3 + 9 + 7 * (1 + unit) + 100 * min(early, 3 - unit) + 40 + 700 for unit in range(3)]
     assert prediction.device_peak_bytes == max(peaks)
 
 
@@ -164,7 +166,7 @@ def test_frozen_layers_only_run_forward() -> None:
     problem = by_hand(frozen_below=2)
     prediction = placed(problem, LayerPlan(), LayerPlan(), LayerPlan(x=Rows(device=4)), frozen_below=2)
     assert prediction.step_s == 3 * 12 + 25 + 12 + 2 + 1.5
-    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + 100 + 700
+    assert prediction.device_peak_bytes == 1000 + 3 + 9 + 7 + 100 + 40 + 700
 
 
 def test_budgets_broken_are_named() -> None:
@@ -305,8 +307,10 @@ def against_everything(problem: PlanProblem, tightness: int) -> None:
         assert solution.prediction.fits
         assert solution.bound_s <= best_s * (1 + SAME)
         assert solution.prediction.step_s == pytest.approx(best_s, rel=SAME)
-    with pytest.raises(DoesNotFit, match=rf"memory\.device={least} "):
-        solve(with_device(problem, least - 1))
+    too_tight = with_device(problem, least - 1)
+    assert evaluate(too_tight, smallest_device(too_tight)).device_peak_bytes == least
+    with pytest.raises(DoesNotFit):
+        solve(too_tight)
 
 
 @given(problems(layers=2, classes=1, blocks=1).map(whole_tensors), st.integers(1, 10))
@@ -330,7 +334,7 @@ def test_never_over_budget_and_no_slower_with_more(problem: PlanProblem, budget:
     smallest = evaluate(problem, smallest_device(problem)).device_peak_bytes
     fits = smallest <= problem.budgets.device_bytes
     if not fits:
-        with pytest.raises(DoesNotFit, match=rf"memory\.device={smallest} "):
+        with pytest.raises(DoesNotFit):
             solve(problem)
         problem = with_device(problem, smallest)
     solution = solve(problem)
@@ -360,6 +364,21 @@ def test_nothing_leaves_the_device_when_nothing_has_to() -> None:
     assert solution.prediction.moved_bytes == dict.fromkeys(LANES, 0)
     assert solution.prediction.step_s == pytest.approx(solution.bound_s, rel=1e-4)
     assert not any(layer.keep for layer in solution.placement.layers)
+
+
+def test_what_does_not_fit_is_told_what_would() -> None:
+    problem = llama_8b(512 * 1024, "today")
+    with pytest.raises(DoesNotFit) as refused:
+        solve(problem)
+    named_gib = float(refused.value.try_.removeprefix("--set memory.device=").split("GiB")[0])
+    assert f"at least {smallest_device_gib(problem):.2f} GiB" in refused.value.what
+    assert solve(with_device(problem, int(named_gib * 2**30))).prediction.fits
+    with pytest.raises(DoesNotFit):
+        solve(with_device(problem, int((named_gib - 0.02) * 2**30)))
+
+
+def smallest_device_gib(problem: PlanProblem) -> float:
+    return evaluate(problem, smallest_device(problem)).device_peak_bytes / 2**30
 
 
 def test_states_that_do_not_fit_on_the_host_are_named() -> None:
@@ -398,7 +417,6 @@ def test_longest_is_where_fitting_ends() -> None:
 def test_saved_problems_do_not_get_worse(path: Path) -> None:
     saved = SavedProblem.model_validate_json(path.read_text())
     if saved.step_s is None:
-        assert saved.smallest_device_bytes is not None
         smallest = evaluate(saved.problem, smallest_device(saved.problem)).device_peak_bytes
         assert saved.problem.budgets.device_bytes < smallest <= 1.001 * saved.smallest_device_bytes
         with pytest.raises(DoesNotFit):
