@@ -95,6 +95,7 @@ def solve(problem: PlanProblem, *, gap: float = 1e-4, time_limit_s: float = 10.0
     others = [candidate for candidate in search.found if candidate.family != best.family]
     second = min(others, key=lambda candidate: candidate.order, default=None)
     prediction = search.evaluator.prediction(best.placement)
+    assert search.bound_s <= best.step_s * (1 + 1e-6), "a bound that a placement beats"
     bound_s = min(search.bound_s, best.step_s)
     return Solution(
         kind=best.kind,

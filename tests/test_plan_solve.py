@@ -14,7 +14,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from plan_cases import PROBLEMS, SavedProblem, deep, llama_8b, placements, problems
 
@@ -31,9 +31,17 @@ SAME = 1e-9
 
 
 def searching(examples: int) -> settings:
-    """The same instances each time: a search that misses one is to be seen here, not by whoever runs this next."""
+    """The same instances each time: a search that misses one is to be seen here, not by whoever runs this next.
+
+    They are small as they are drawn; making them smaller would take minutes.
+    """
     return settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
 
 
@@ -138,6 +146,14 @@ def test_disk_rows_pass_through_host_memory() -> None:
     assert prediction.parts.stall_s == {"copy_out": 0, "disk_write": 0, "disk_read": 53.25 - 14, "copy_in": 57 - 53.25}
     assert (prediction.host_bytes, prediction.disk_bytes, prediction.written_bytes) == (50 + 75, 75, 75)
     assert prediction.moved_bytes == {"copy_out": 75, "copy_in": 75, "disk_write": 75, "disk_read": 75}
+
+
+def test_reading_ahead_is_staged_in_host_memory() -> None:
+    """Rows leave one layer at a time, and come back two at once: read in 1 s each, they wait for the lane in."""
+    layer = LayerPlan(x=Rows(disk=4))
+    rates = links(copy_out=1e9, disk_write=100, disk_read=100, copy_in=4)
+    assert placed(by_hand(layers=2, links=rates), layer, layer, prefetch=0).host_bytes == 50 + 100
+    assert placed(by_hand(layers=2, links=rates), layer, layer, prefetch=1).host_bytes == 50 + 200
 
 
 def links(**rates: float) -> Links:
@@ -331,9 +347,10 @@ def test_three_layers_reach_the_optimum(problem: PlanProblem, tightness: int) ->
 @given(problems(), st.sampled_from(["device_bytes", "host_bytes", "disk_bytes"]), st.sampled_from([1.02, 1.1, 1.5]))
 @searching(25)
 def test_never_over_budget_and_no_slower_with_more(problem: PlanProblem, budget: str, factor: float) -> None:
-    smallest = evaluate(problem, smallest_device(problem)).device_peak_bytes
-    fits = smallest <= problem.budgets.device_bytes
-    if not fits:
+    least = evaluate(problem, smallest_device(problem))
+    smallest = least.device_peak_bytes
+    assert least.over_bytes.keys() <= {"device"}
+    if not least.fits:
         with pytest.raises(DoesNotFit):
             solve(problem)
         problem = with_device(problem, smallest)
@@ -417,8 +434,9 @@ def test_longest_is_where_fitting_ends() -> None:
 def test_saved_problems_do_not_get_worse(path: Path) -> None:
     saved = SavedProblem.model_validate_json(path.read_text())
     if saved.step_s is None:
-        smallest = evaluate(saved.problem, smallest_device(saved.problem)).device_peak_bytes
-        assert saved.problem.budgets.device_bytes < smallest <= 1.001 * saved.smallest_device_bytes
+        least = evaluate(saved.problem, smallest_device(saved.problem))
+        assert least.over_bytes.keys() == {"device"}
+        assert least.device_peak_bytes <= 1.001 * saved.smallest_device_bytes
         with pytest.raises(DoesNotFit):
             solve(saved.problem)
     else:
