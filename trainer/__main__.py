@@ -26,6 +26,7 @@ class _StepLines(Silent):
 def main(arguments: list[str]) -> int:
     """Train what the TrainSpec in the JSON file given says; the exit code of the command line."""
     from pydantic import ValidationError
+    from torch import distributed as dist
 
     from farspan.trainer.sft import train
 
@@ -50,6 +51,9 @@ def main(arguments: list[str]) -> int:
     except FarspanError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    finally:
+        if dist.is_initialized():  # threads of a group that lives on when the interpreter goes may abort the process
+            dist.destroy_process_group()
     return 0
 
 
