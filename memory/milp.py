@@ -125,7 +125,9 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
     counts, by_name = Counter(kind.name for kind in trained), {kind.name: kind for kind in trained}
     accumulates = problem.micro_batches > 1
     base = fixed["device"] + problem.head.held_bytes + (evaluator.gradient_bytes if accumulates else 0)
-    rebuild = min(kind.rebuild_peak_bytes for kind in by_name.values())
+    # at best all that a rebuild needs of its linear layers is stored, and counted there
+    outputs = {name: sum(c.bytes for c in kind.linear if not c.inner_only) for name, kind in by_name.items()}
+    rebuild = min(max(0, kind.rebuild_peak_bytes - outputs[name]) for name, kind in by_name.items())
     least = base + rebuild + shortest * min(kind.o_bytes for kind in by_name.values())
     if max(least, fixed["device"] + evaluator.gradient_bytes + problem.head.step_peak_bytes) > limits["device"]:
         return None

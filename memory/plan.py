@@ -31,7 +31,8 @@ How a step runs, which is what predicted time and memory stand on:
    It leaves the complete O of each layer (stored rows of that O are released then) and, with `between="xo"`, the input
    of the next; with `between="o"` inputs are recomputed from the head for every layer. Then each layer, last first, is
    rebuilt with autograd and run backward, its O complete meanwhile (the last layer's in place of its stored rows); its
-   x, O and other rows are released after it.
+   x, O and other rows are released after it. Stored outputs of linear layers are among what a rebuild makes: given,
+   they are not made again, so they count once.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class LayerKind(Schema):
     keep_forward_peak_bytes: int
     """Running forward when kept: beyond x and keep_bytes, with the output included."""
     rebuild_peak_bytes: int
-    """Rebuild and backward: beyond x, the rows that were stored or fetched, and the layer's complete O; with the
-    gradients of output and input included."""
+    """Rebuild and backward: beyond x and the layer's complete O; outputs of linear layers and the gradients of output
+    and input included. Stored rows of the outputs that the rebuild needs take the place of as many bytes of it."""
     keep_backward_peak_bytes: int
     """Backward when kept: beyond keep_bytes; with the gradients of output and input included."""
     gradient_bytes: int = 0

@@ -254,7 +254,10 @@ class _Program:
         kind = self.kinds[layer]
         stored_o_bytes = sum(block.bytes for block in self.stored[layer] if block.tensor == "o")
         completed_bytes = kind.o_bytes - stored_o_bytes if last else 0
-        work = _device(f"layer {layer} rebuild and backward", kind.rebuild_peak_bytes + completed_bytes)
+        needed = {linear.name for linear in kind.linear if not linear.inner_only}
+        given_bytes = sum(block.bytes for block in self.stored[layer] if block.tensor in needed)
+        made_bytes = max(kind.rebuild_peak_bytes - given_bytes, 0) + completed_bytes
+        work = _device(f"layer {layer} rebuild and backward", made_bytes)
         seconds = self.recompute_s(layer, inner=False, attention=last)
         drops = [self.of(layer + 1, "input gradient")]
         self.compute("rebuild", f"layer {layer} rebuild", seconds, drops=drops, makes=[work])

@@ -260,12 +260,13 @@ class RowProgram:
             kept_bytes -= kind.keep_bytes
         for index, block in enumerate(self.blocks):
             gradients = [0 if accumulates else sum(kinds[n].gradient_bytes for n in unit) for unit in block.units]
-            released, transient = self._transient(block)
             upper = [(self.below[index], 1.0), *self._fetched(index, len(block.units))]
-            self._fit([*upper, *released], base + transient + gradients[0])
+            one = [(self.below[index + 1], 1.0), (block.tier["device"], 1 / len(block.units))]
+            transients = self._transients(block)
+            for released, transient in transients:
+                self._fit([*upper, *released], base + transient + gradients[0])
             base += sum(gradients)
-            if len(block.units) > 1:
-                one = [(self.below[index + 1], 1.0), (block.tier["device"], 1 / len(block.units))]
+            for released, transient in transients if len(block.units) > 1 else ():
                 self._fit([*one, *self._fetched(index, 1), *released], base + transient)
 
     def _first_asked(self, units: int) -> list[tuple[int, float]]:
@@ -277,23 +278,29 @@ class RowProgram:
             units -= taken
         return terms
 
-    def _transient(self, block: Block) -> tuple[list[tuple[int, float]], float]:
-        """What a unit needs beside stored rows: at the rebuild of its last layer, or in its inner forward before."""
-        kinds, highest = self.kinds, 0.0
+    def _transients(self, block: Block) -> list[tuple[list[tuple[int, float]], float]]:
+        """What a unit needs beside stored rows: at the rebuild of its last layer, and in its inner forward before."""
+        kinds, rebuild, forward = self.kinds, 0.0, 0.0
         for unit in block.units:
             inner, last = unit[:-1], kinds[unit[-1]]
             inputs = sum(kinds[n].x_bytes for n in (unit[1:] if self.shape.between == "xo" else unit[1:][-1:]))
-            whole = sum(kinds[n].o_bytes for n in unit)
-            forward = max((kinds[n].forward_peak_bytes for n in inner), default=0)
-            highest = max(
-                highest, whole + inputs + max(last.rebuild_peak_bytes, forward + last.x_bytes if inner else 0)
-            )
-        released: list[tuple[int, float]] = []
+            whole = sum(kinds[n].o_bytes for n in unit) + inputs
+            rebuild = max(rebuild, whole + last.rebuild_peak_bytes)
+            running = max((kinds[n].forward_peak_bytes for n in inner), default=0)
+            forward = max(forward, whole + running + last.x_bytes if inner else 0)
+        complete: list[tuple[int, float]] = []
+        given: list[tuple[int, float]] = []
+        tops = [unit[-1] for unit in block.units]
         share_of_units = 1 / len(block.units) / self.unit_bytes
         for share in block.shares.values():
             if share.o is not None:
-                released += [(c, -share_of_units * len(share.layers) * share.kind.o_bytes) for c in share.o]
-        return released, highest
+                complete += [(c, -share_of_units * len(share.layers) * share.kind.o_bytes) for c in share.o]
+            rebuilt = sum(top in share.layers for top in tops)
+            for linear in share.kind.linear:
+                if rebuilt and not linear.inner_only:
+                    given += [(c, -share_of_units * rebuilt * linear.bytes) for c in share.linear.get(linear.name, ())]
+        found = [([*complete, *given], rebuild)]
+        return [*found, (complete, forward)] if forward else found
 
     def _stalls(self) -> None:
         """Excess of a block's transfers over the compute beside them."""

@@ -87,6 +87,9 @@ class Store:
         self._unfinished: dict[int, int] = {}
         """Stores under way by group; a group is what was put between two calls of `admit`."""
         self._device_bytes = self._staging_bytes = 0
+        self._landed: list[Tensor] = []
+        """Originals that have been copied, until the caller's thread lets them go in its next call: a layer's start, as
+        a plan assumes; and the only thread whose allocations a profiler sees."""
         self._ledger.restart(self._held_bytes())
 
     def admit(self) -> None:
@@ -96,12 +99,13 @@ class Store:
             OffloadFailed: a worker failed.
         """
         with self._lock:
-            self._lanes.check()
+            self._enter()
             if self._group_size:
                 self._group, self._group_size = self._group + 1, 0
             while min(self._unfinished, default=self._group) < self._group - self._slots:
                 copying = any(job.lane == "copy_out" for stored in self._live for job in stored._writing)
                 self._lanes.wait("copy_out" if copying else "disk_write")
+            self._landed.clear()
 
     def put(self, tier: OffTier, tensor: Tensor, *, label: str = "") -> Stored:
         """Store a contiguous tensor; returns at once. The tensor must not be written to until it has been copied.
@@ -116,7 +120,7 @@ class Store:
         assert tensor.layout == torch.strided and tensor.is_contiguous(), (label, tensor.layout, tensor.stride())
         size_bytes = tensor.numel() * tensor.element_size()
         with self._lock:
-            self._lanes.check()
+            self._enter()
             place = self._take(tier, size_bytes, label)
             stored = Stored(
                 label, tier, tensor.shape, tensor.dtype, size_bytes, _group=self._group, _original=tensor.detach(),
@@ -143,7 +147,7 @@ class Store:
             OffloadFailed: a worker failed.
         """
         with self._lock:
-            self._lanes.check()
+            self._enter()
             assert not stored._freed, stored.label
             if stored._out is not None:
                 return
@@ -186,6 +190,7 @@ class Store:
         """Forget a tensor; its pages can be used again. Cancels what has not begun, and waits for a read under way,
         since that writes into memory of the caller's. Never raises a worker's error; may be called twice."""
         with self._lock:
+            self._landed.clear()
             if stored._freed:
                 return
             stored._freed = True
@@ -197,6 +202,7 @@ class Store:
     def statistics(self, *, restart: bool = False) -> Statistics:
         """What is held, and what was done since the last restart; `restart` begins counting (and peaks) anew."""
         with self._lock:
+            self._landed.clear()
             found = self._ledger.read(self._held_bytes())
             if restart:
                 self._ledger.restart(self._held_bytes())
@@ -220,6 +226,7 @@ class Store:
                 stored._writing.clear()
                 stored._reading.clear()
                 self._settle(stored)
+            self._landed.clear()
         self._arena.close()
         if self._file is not None:
             self._file.close()
@@ -231,6 +238,11 @@ class Store:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _enter(self) -> None:
+        """What every call begins with, with the lock held."""
+        self._landed.clear()
+        self._lanes.check()
 
     def _stage(self, stored: Stored) -> None:
         """In a worker: copy to staging if the arena has room in one piece; then, or if not, queue the writes."""
@@ -304,6 +316,7 @@ class Store:
 
     def _drop_original(self, stored: Stored) -> None:
         if stored._original is not None:
+            self._landed.append(stored._original)
             stored._original = None
             self._device_bytes -= stored.bytes
 
