@@ -70,6 +70,8 @@ def connect(address: str | None = None, *, dashboard: bool = False, num_cpus: in
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would hide the GPUs from an actor that asked for none by setting CUDA_VISIBLE_DEVICES, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default workers of a local Ray run at niceness 15: beside anything else on this machine a rank would starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if address is None:
         return _start_local(dashboard=dashboard, num_cpus=num_cpus)
     host, port = _resolve(address)
