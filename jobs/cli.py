@@ -64,12 +64,13 @@ def run(job: Job, overrides: Set = (), address: Address = None, resume: bool = F
     return 0
 
 
-def plan(job: Job, overrides: Set = (), json: bool = False, longest: bool = False) -> int:
+def plan(job: Job, overrides: Set = (), json: bool = False, longest: bool = False, measure: bool = False) -> int:
     """Will it fit, how long does a step take, what is stored where; starts nothing. Exit code 3: does not fit.
 
     Args:
         json: Print one JSON object instead.
         longest: Find the longest context that fits, too.
+        measure: Measure a layer of each kind of the model and the lanes of this machine first; later plans use it.
     """
     from rich.console import Console
 
@@ -77,7 +78,7 @@ def plan(job: Job, overrides: Set = (), json: bool = False, longest: bool = Fals
     from farspan.jobs.plan_view import plan_beside, show
     from farspan.jobs.plan_view import to_json as plan_json
 
-    planned, tokens = plan_beside(load(job, overrides), longest=longest)
+    planned, tokens = plan_beside(load(job, overrides), longest=longest, measure=measure)
     if json:
         print(to_json(plan_json(planned, longest_tokens=tokens), indent=2))
     else:

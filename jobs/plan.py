@@ -13,12 +13,14 @@ from farspan.errors import DoesNotFit
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import ModelFacts
 from farspan.memory.build import problem_for
+from farspan.memory.calibration import Calibration, calibrated_problem, sources_of
 from farspan.memory.config import Tiers, split_disk
 from farspan.memory.evaluate import Prediction, evaluate
 from farspan.memory.hardware import Hardware
 from farspan.memory.plan import Placement
 from farspan.memory.policies import fixed_policy
 from farspan.memory.problem import Budgets, PlanProblem
+from farspan.memory.profile import Source
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.config import LoRA, TrainSpec
@@ -39,12 +41,19 @@ class Planned:
     prediction: Prediction
     solution: Solution | None
     """None under a fixed policy."""
+    calibration: Calibration | None = None
+    """What was measured on this machine; None: planned with analytic figures alone."""
     batch: str = ""
     """Sizes of a step, in words."""
 
     @property
     def next_best(self) -> Alternative | None:
         return self.solution.next_best if self.solution is not None else None
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each group of numbers comes from."""
+        return sources_of(self.calibration, self.hardware)
 
     def tiers(self, job: SFTJob) -> Tiers | None:
         """What a rank reserves for the placement; None when nothing leaves the device."""
@@ -63,19 +72,30 @@ class Planned:
         )
 
 
-def plan(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> Planned:
-    """The plan of a resolved job on `hardware`.
+def plan(
+    job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware, calibration: Calibration | None = None
+) -> Planned:
+    """The plan of a resolved job on `hardware`, with what was measured there, if anything was.
 
     Raises:
         DoesNotFit: no plan fits, or the fixed policy that was asked for does not.
     """
-    problem = problem_of(job, train, facts, hardware)
+    problem = problem_of(job, train, facts, hardware, calibration)
     policy = job.memory.plan
     if policy == "solve":
         solution = solve(problem)
-        return Planned(policy, hardware, problem, solution.placement, solution.prediction, solution)
+        return Planned(policy, hardware, problem, solution.placement, solution.prediction, solution, calibration)
     placement = fixed_policy(problem, policy)
-    return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None)
+    return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None, calibration)
+
+
+def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> bool:
+    """Whether memory is so scarce that exact figures can change the plan: what the policy (or keeping everything) would
+    need, by the analytic profile, is more than half of what there is."""
+    problem = problem_of(job, train, facts, hardware)
+    policy = "keep" if job.memory.plan == "solve" else job.memory.plan
+    needed = evaluate(problem, fixed_policy(problem, policy))
+    return 2 * needed.device_peak_bytes > problem.budgets.device_bytes or bool(needed.over_bytes)
 
 
 def require_fit(planned: Planned) -> None:
@@ -93,11 +113,13 @@ def require_fit(planned: Planned) -> None:
     )
 
 
-def longest_context(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> int:
+def longest_context(
+    job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware, calibration: Calibration | None = None
+) -> int:
     """The longest context that fits under the job's policy, in tokens."""
 
     def problem_at(context: int) -> PlanProblem:
-        return problem_of(job, train, facts, hardware, context=context)
+        return problem_of(job, train, facts, hardware, calibration, context=context)
 
     if job.memory.plan == "solve":
         return longest(problem_at, step_tokens=LONGEST_STEP, most_tokens=1 << 24)
@@ -113,16 +135,20 @@ def longest_context(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: 
 
 
 def problem_of(
-    job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware, *, context: int | None = None
+    job: SFTJob,
+    train: TrainSpec,
+    facts: ModelFacts,
+    hardware: Hardware,
+    calibration: Calibration | None = None,
+    *,
+    context: int | None = None,
 ) -> PlanProblem:
     """The planning problem of one rank."""
-    return problem_for(
-        shape_of(facts),
-        training_of(train),
-        hardware,
-        context or train.data.context,
-        budgets=budgets_of(job, hardware),
-    )
+    shape, training, rows = shape_of(facts), training_of(train), context or train.data.context
+    budgets = budgets_of(job, hardware)
+    if calibration is None:
+        return problem_for(shape, training, hardware, rows, budgets=budgets)
+    return calibrated_problem(calibration, shape, training, hardware, rows, budgets=budgets)
 
 
 def budgets_of(job: SFTJob, hardware: Hardware) -> Budgets:

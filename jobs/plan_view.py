@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from farspan.errors import DoesNotFit
+from farspan.errors import DoesNotFit, JobError
+from farspan.jobs.calibrate import device_name, known_calibration, measure_here, measured_calibration, not_measured
 from farspan.jobs.facts import hardware_of, machine_beside, model_facts
 from farspan.jobs.load import Loaded
-from farspan.jobs.plan import Planned, longest_context, plan, size
+from farspan.jobs.plan import Planned, longest_context, plan, shape_of, size, training_of
 from farspan.jobs.resolve import batch_chain, resolve
 from farspan.memory.plan import TIERS
 
@@ -16,15 +18,36 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def plan_beside(loaded: Loaded, *, longest: bool) -> tuple[Planned, int | None]:
-    """Plan a job without starting anything; with `longest`, also the longest context that fits."""
+def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tuple[Planned, int | None]:
+    """Plan a job without starting anything; with `longest`, also the longest context that fits.
+
+    Args:
+        measure: first measure a layer of each kind of the model on this machine.
+    """
     job = loaded.job
     facts, machine = model_facts(job.model), machine_beside(job)
     resolved = resolve(job, facts, machine, loaded.origins)
     hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)
-    tokens = longest_context(job, resolved.train, facts, hardware) if longest else None
+    shape, training, device = shape_of(facts), training_of(resolved.train), device_name(machine)
+    calibration = None
+    if measure:
+        if job.memory.hardware != "auto":
+            raise JobError(
+                "only the machine at hand can be measured",
+                at="memory.hardware",
+                why=f"the job plans for {job.memory.hardware}",
+                try_="--set memory.hardware=auto, or leave --measure out",
+            )
+        threads = max(1, int(resolved.gang.cluster.cpus_per_actor))
+        here = partial(measure_here, threads=threads)
+        calibration = measured_calibration(job, resolved.train, shape, training, device, here)
+    elif job.memory.profile != "analytic" and job.memory.hardware == "auto":
+        calibration = known_calibration(shape, training, device)
+        if calibration is None and job.memory.profile == "measured":
+            raise not_measured(device)
+    tokens = longest_context(job, resolved.train, facts, hardware, calibration) if longest else None
     try:
-        planned = plan(job, resolved.train, facts, hardware)
+        planned = plan(job, resolved.train, facts, hardware, calibration)
     except DoesNotFit as problem:
         if tokens is None:
             raise
@@ -82,9 +105,10 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
         )
     if longest_tokens is not None:
         console.print(f"longest context that fits: {longest_tokens:,} tokens", highlight=False)
-    assumed = [name for name, source in planned.hardware.sources.items() if source.how == "assumed"]
-    if assumed:
-        console.print(f"assumed, not measured: {', '.join(assumed)}", highlight=False)
+    for how in ("measured", "assumed"):
+        names = [name for name, source in planned.sources.items() if source.how == how]
+        if names:
+            console.print(f"{how}: {', '.join(names)}", highlight=False)
 
 
 def _parts(planned: Planned) -> list[tuple[str, float]]:
@@ -125,7 +149,7 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "solve_s": solution.solve_s if solution else 0.0,
         "segments": [[unit.start, unit.stop] for unit in planned.placement.units()[::-1]],
         "next_best": None,
-        "assumed": [f"{name}: {s.what}" for name, s in planned.hardware.sources.items() if s.how == "assumed"],
+        "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:
         found["next_best"] = {"kind": planned.next_best.kind, "step_s": planned.next_best.step_s}

@@ -160,6 +160,8 @@ def line_fields(record: Mapping[str, Any], total_steps: int, *, elapsed_s: float
 
 def _memory_text(record: Mapping[str, Any]) -> str:
     """The peak of the step (the device's; on CPU the process's), else what the process holds now."""
+    if record.get("rss_peak_bytes"):
+        return f"rss {size(record['rss_peak_bytes'])}"
     if record.get("device_peak_bytes"):
         return f"peak {size(record['device_peak_bytes'])}"
     return f"rss {size(record['host_bytes'])}" if record.get("host_bytes") else "rss ?"

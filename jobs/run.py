@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from farspan.cluster.session import Session
+    from farspan.memory.calibration import Calibration
+    from farspan.memory.hardware import Hardware
     from farspan.trainer.world import TrainResult
 
 _ONE_RANK = Machine(nodes=({"CPU": 1.0},), cpu_memory_bytes=2**30)
@@ -102,7 +105,8 @@ def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine
     if facts.experts > 1:
         return _unpredicted(resolved, job, facts, console)
     hardware = hardware_of(job, here, ranks=gang.world_size, use_gpu=gang.use_gpu)
-    planned = plan(job, resolved.train, facts, hardware)
+    calibration = _calibration(resolved, job, facts, hardware, here, console)
+    planned = plan(job, resolved.train, facts, hardware, calibration)
     require_fit(planned)
     kind = planned.solution.kind if planned.solution is not None else planned.policy
     need, have = planned.prediction.device_peak_bytes, planned.problem.budgets.device_bytes
@@ -115,6 +119,27 @@ def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine
         step_s=planned.prediction.step_s,
         device_peak_bytes=need,
     )
+
+
+def _calibration(
+    resolved: Resolved, job: SFTJob, facts: ModelFacts, hardware: Hardware, here: Machine, console: Console
+) -> Calibration | None:
+    """What was measured for this job on this machine, or is now, where it can change the plan."""
+    from farspan.cluster.measure import measure_on_cluster
+    from farspan.jobs.calibrate import device_name, known_calibration, measured_calibration
+    from farspan.jobs.plan import is_scarce, shape_of, training_of
+
+    if job.memory.profile == "analytic" or job.memory.hardware != "auto":
+        return None
+    train, gang, device = resolved.train, resolved.gang, device_name(here)
+    shape, training = shape_of(facts), training_of(train)
+    wanted = job.memory.profile == "measured"
+    found = known_calibration(shape, training, device)
+    if found is not None or not (wanted or is_scarce(job, train, facts, hardware)):
+        return found
+    _say(console, "profile", "measuring a layer of each kind: memory is scarce" if not wanted else "measuring")
+    measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor, use_gpu=gang.use_gpu)
+    return measured_calibration(job, train, shape, training, device, measure)
 
 
 def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Console) -> Resolved:

@@ -10,6 +10,7 @@ profiling adds to each operator, so seconds are to be measured without it.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,23 @@ def footprint(function: Callable[[], T], device: torch.device) -> Footprint[T]:
     events = sorted((e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]")
     totals = [0, *accumulate(size for _, size in events)]
     return Footprint(result, max(totals), totals[-1], tuple(events))
+
+
+def allocated_bytes(besides: int | None = None) -> int:
+    """Bytes of all CPU storages that a Python object of this process reaches: what a footprint comes on top of.
+
+    Args:
+        besides: address of a storage that is not the allocator's (the host arena).
+    """
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        # not isinstance: deprecated objects of other libraries warn when asked for their class
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    found.pop(besides or 0, None)
+    return sum(found.values())
 
 
 def fastest_s(function: Callable[[], object], device: torch.device, *, repeats: int = 3) -> float:

@@ -98,7 +98,7 @@ def _kind(
     matmul_s = 2 * sum(mults.values()) / matmul_flop_per_s
     adapters_s = _adapters_s(shape, training, hardware)
     elementwise_s = sizes.forward_traffic / hardware.memory_bytes_per_s + adapters_s
-    exchange_s = _exchange_s(shape, training, hardware)
+    exchange_s = exchange_amount(shape, training, hardware)
     # towards the input always, towards the weights where they are trained
     backward_s = matmul_s * (2 if training.trains("layers") else 1) + 2 * adapters_s
     if working_set == "today" and training.mlp_tile is not None:
@@ -190,7 +190,7 @@ def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> fl
     return 2 * training.trained_in_layer(shape) / hardware.matmul_flop_per_s[training.adapter_precision]
 
 
-def _exchange_s(shape: ModelShape, training: Training, hardware: Hardware) -> Amount:
+def exchange_amount(shape: ModelShape, training: Training, hardware: Hardware) -> Amount:
     """One forward's all-to-alls, and under ZeRO-3 the gathering of the layer's weights; compute hides nothing."""
     per_row = constant = 0.0
     if training.sp > 1:

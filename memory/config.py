@@ -55,6 +55,10 @@ class MemoryBudget(Tiles):
     disk: Disk | None = None
     """Folder and size of a rank's disk tier (`/nvme:2TiB`); a size alone puts it into the run folder. null: none."""
 
+    profile: Literal["auto", "measured", "analytic"] = "auto"
+    """What layers cost: `measured` on this machine, one layer of each kind (kept for later runs); `analytic` from the
+    model's shape and the rates of `hardware`. `auto`: measured once it has been, or when memory is scarce."""
+
     hardware: str = "auto"
     """What to plan for: `auto` this machine, `h200`, `h100-80`, `a100-80`, `rtx4090`, `cpu`, or a JSON file."""
 

@@ -67,6 +67,8 @@ class Executor:
 
     def _keep(self, index: int, call: partial[Any], x: Tensor) -> Tensor:
         y = call(x)
+        if self.store is not None:
+            self.store.let_go()  # of layers below: after the last layer comes the loss
         tape = self._tape() if self._tape is not None else None
         if y.requires_grad and tape is not None and tape.last < index:
             tape.last = index
@@ -113,10 +115,11 @@ class _Layer:
         self.o = self.lse = None
         return KnownRows(*self.o_now, first)
 
-    def given(self, name: str) -> Tensor:
+    def given(self, name: str, *, again: bool) -> Tensor:
+        """Output of a linear layer; held on only if the layer will run `again`."""
         if name not in self.linear_now:
             self.linear_now[name] = self.linear.pop(name).take()
-        return self.linear_now[name]
+        return self.linear_now[name] if again else self.linear_now.pop(name)
 
     def parts(self) -> list[TieredRows]:
         return [part for part in (self.x, self.o, self.lse, *self.linear.values()) if part is not None]
@@ -165,15 +168,16 @@ class Tape:
     def rebuild(self, index: int, dy: Tensor, *, wants_dx: bool) -> Tensor | None:
         """Backward of a layer: run it again with autograd, back-propagate. Returns the gradient of its input."""
         executor, layer = self.executor, self.layers[index]
+        if executor.store is not None:
+            executor.store.let_go()
         if index in executor.place_of_top:
             self.prefetch(executor.place_of_top[index])
         x = self._input_of(index).detach().requires_grad_(wants_dx)
-        frame = self._frame(layer, executor.hollow)
+        frame = self._frame(layer, executor.hollow, again=False)
         with torch.enable_grad(), self._restored(layer, x.device), frame.active():
             y = layer.call(x)
         del frame
         layer.x_now = layer.o_now = None
-        layer.linear_now.clear()
         torch.autograd.backward(y, dy)
         self._free(index)
         return x.grad
@@ -190,7 +194,7 @@ class Tape:
         x = layer.x_now
         for inner in range(start, index):
             layer = self.layers[inner]
-            frame = self._frame(layer, frozenset())
+            frame = self._frame(layer, frozenset(), again=True)
             frame.attended = partial(_complete, layer)
             with torch.no_grad(), self._restored(layer, x.device), frame.active():
                 x = layer.call(x)
@@ -200,14 +204,16 @@ class Tape:
             self.layers[index].x_now = x
         return x
 
-    def _frame(self, layer: _Layer, hollow: frozenset[str]) -> Frame:
+    def _frame(self, layer: _Layer, hollow: frozenset[str], *, again: bool) -> Frame:
         has_o = layer.o is not None or layer.o_now is not None
         names = {*layer.linear, *layer.linear_now}
-        given = {name: partial(layer.given, name) for name in names}
+        given = {name: partial(layer.given, name, again=again) for name in names}
         return Frame(layer.known if has_o else None, given=given, hollow=hollow)
 
     def prefetch(self, place: int) -> None:
         """Fetch the unit at this place of backward and those planned ahead of it."""
+        if self.executor.store is not None:
+            self.executor.store.let_go()
         for unit in self.executor.units[place : place + self.placement.prefetch + 1]:
             for index in unit:
                 for part in self.layers[index].parts() if index in self.layers else ():

@@ -48,7 +48,8 @@ class LayerRun(LayerForward):
             return
         self.gradient_of[target] = self.make(f"sum of gradients of {target}", size)
         self.in_place[target] = True
-        self.drop(piece, *[first] * (first != "dy"))
+        # whoever runs a rebuild holds dy to the end; to a kept layer autograd hands it over
+        self.drop(piece, *[first] * (first != "dy" or not self.rebuild))
 
     def norm_backward(self, name: str, g: str, n: int, source: str, *, keep: bool = False) -> str:
         """RMSNorm, step by step; adds to the gradient of `source` and returns it. `keep`: `g` is needed elsewhere."""

@@ -41,7 +41,7 @@ class TieredRows:
         self.first = min((first for first, _ in spans.values()), default=count)
         self._ledger, self._store = ledger, store
         self._kept: Tensor | None = None
-        self._whole: Tensor | None = None
+        self._fetched: Tensor | None = None
         self._kept_span = spans.get("device", (count, count))
         self._away: list[tuple[tuple[int, int], Stored]] = []
         for tier, (first, end) in spans.items():
@@ -55,13 +55,12 @@ class TieredRows:
                 self._away.append(((first, end), store.put(tier, rows_there, label=label)))
 
     def fetch(self) -> None:
-        """Start bringing back what is away, into the tensor that `take` will return."""
-        if self._away and self._whole is None:
-            self._whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            for (first, end), stored in self._away:
-                assert self._store is not None
-                target = self._whole[:, first:end]
+        """Start bringing back what is away, into memory for just those rows: it may be long before they are taken."""
+        if self._away and self._fetched is None:
+            self._fetched = self._empty(self._kept_span[0] - self.first)
+            for target, stored in self._targets(self._fetched):
                 if target.is_contiguous():
+                    assert self._store is not None
                     self._store.fetch(stored, out=target)
 
     def take(self) -> Tensor:
@@ -73,13 +72,18 @@ class TieredRows:
             whole = self._kept
         else:
             self.fetch()
-            fetched = self._whole
-            whole = torch.empty(self.shape, dtype=self.dtype, device=self.device) if fetched is None else fetched
-            if self._kept is not None:
-                whole[:, self._kept_span[0] : self._kept_span[1]] = self._kept
-            for (first, end), stored in self._away:
+            fetched = self._fetched
+            for target, stored in self._targets(fetched) if fetched is not None else ():
                 assert self._store is not None
-                self._store.get(stored, out=whole[:, first:end])
+                self._store.get(stored, out=target)
+            if fetched is not None and fetched.shape == self.shape:
+                whole = fetched
+            else:
+                whole = self._empty(self.shape[1])
+                if fetched is not None:
+                    whole[:, self.first : self._kept_span[0]] = fetched
+                if self._kept is not None:
+                    whole[:, self._kept_span[0] : self._kept_span[1]] = self._kept
         self.free()
         return whole
 
@@ -92,7 +96,14 @@ class TieredRows:
             assert self._store is not None
             self._store.free(stored)
         self._away.clear()
-        self._whole = None
+        self._fetched = None
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty((self.shape[0], rows, *self.shape[2:]), dtype=self.dtype, device=self.device)
+
+    def _targets(self, fetched: Tensor) -> list[tuple[Tensor, Stored]]:
+        """Where in `fetched`, whose first row is `first`, each part belongs."""
+        return [(fetched[:, first - self.first : end - self.first], stored) for (first, end), stored in self._away]
 
     def _kept_bytes(self) -> int:
         assert self._kept is not None

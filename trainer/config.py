@@ -205,6 +205,23 @@ class Mesh(Schema):
         return self.dp * self.sp
 
 
+class CalibrationRequest(Schema):
+    """What to measure on a machine: one layer of each kind of a job's model, as it will be trained."""
+
+    model: ModelSource
+    adapter: Adapter
+    precision: Precision
+    memory: Tiles
+    context: int
+    sp: int = Field(ge=1)
+    kinds: tuple[str, ...]
+    """Kind of each decoder layer, bottom first."""
+    gradients: Literal["handed on", "first", "added"]
+    """See `memory.measure.Gradients`."""
+    disk_dir: str | None = None
+    """Folder whose disk is measured; None: no disk tier."""
+
+
 class TrainSpec(Schema):
     """All the SPMD core needs to train, identical on every rank. No "auto" is left."""
 

@@ -157,10 +157,10 @@ class CausalLMLoss(nn.Module):
         return self.head(hidden.flatten(0, 1), labels.flatten())
 
 
-def _normed_after(causal: PreTrainedModel) -> bool:
-    """Whether a norm follows the MLP, so that a rebuild needs the values of its last matmul (OLMo 2, Gemma)."""
+def hollow_layers(causal: PreTrainedModel) -> bool:
+    """Whether rebuilds may leave out the last matmul: not where a norm follows the MLP (OLMo 2, Gemma)."""
     names = ("post_feedforward_layernorm", "post_mlp_layernorm")
-    return any(hasattr(layer, name) for layer in decoder_layers(causal) for name in names)
+    return not any(hasattr(layer, name) for layer in decoder_layers(causal) for name in names)
 
 
 def _projection(causal: PreTrainedModel) -> nn.Linear:
@@ -253,7 +253,7 @@ def prepare_model(
         tile_mlp(model, memory.mlp_tile)
     executor = None
     if placement is not None and not placement.keeps_everything:
-        executor = Executor(decoder_layers(causal), placement, store, hollow=not _normed_after(causal))
+        executor = Executor(decoder_layers(causal), placement, store, hollow=hollow_layers(causal))
     module = CausalLMLoss(model, causal, loss_tile=memory.loss_tile)
     module.executor = executor
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -101,3 +101,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return records
+
+
+def default_cache_root() -> Path:
+    """`$FARSPAN_CACHE`, else `$XDG_CACHE_HOME/farspan`, else `~/.cache/farspan`."""
+    if own := os.environ.get("FARSPAN_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "farspan"

@@ -107,7 +107,7 @@ class Trainer:
             last = step == spec.optim.steps
             self.memory.reset()
             started = time.perf_counter()
-            record = self.train_step(step)
+            record = self._first_step(step) if self._is_first(step) else self.train_step(step)
             if last or _due(step, spec.evaluate.every):
                 record["eval_loss"] = self.evaluate()
             if last or _due(step, spec.checkpoint.every):
@@ -116,6 +116,14 @@ class Trainer:
         with self.clock.part("checkpoint", planned_s=EXPORT_S):
             saved = self.checkpointer.wait()
         return TrainResult("done", self.position["step"], self.record, str(saved.path if saved else self.restored))
+
+    def _is_first(self, step: int) -> bool:
+        """Of this attempt, on the rank that reports."""
+        return self.grid.rank == 0 and not self.record
+
+    def _first_step(self, step: int) -> dict[str, Any]:
+        arena = self.tiers.arena_address if self.tiers is not None else None
+        return self.memory.counted(lambda: self.train_step(step), besides=arena)
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step over `accumulation` packs per dp group.

@@ -129,6 +129,7 @@ def _tile(mlp: nn.Module, rows: int) -> None:
 
     def forward(self: nn.Module, x_BSC: Tensor) -> Tensor:
         frame = current()
+        rows: int = self.tiled_rows  # type: ignore[assignment]  # looked up anew: a measurement tries other tiles
         if frame is not None and TILED_MLP in frame.given and not torch.is_grad_enabled():
             return frame.given[TILED_MLP]()
         if x_BSC.shape[1] <= rows:

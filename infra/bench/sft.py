@@ -71,7 +71,7 @@ def farspan_cell(folder: Path, length: int, sp: int) -> dict[str, Any]:
     assert all(record["tokens"] == length for record in records), [record["tokens"] for record in records]
     return {
         "step_s": [record["step_s"] - saved_s for record, saved_s in zip(records, saving_s)],
-        "peak_bytes": max(record["device_peak_bytes"] for record in records),
+        "peak_bytes": max(record["rss_peak_bytes"] for record in records),
         "loss": records[-1]["loss"],
     }
 
@@ -96,7 +96,7 @@ def trl_cell(folder: Path, length: int) -> dict[str, Any]:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.step_s.append(time.perf_counter() - self.started)
-            self.peak_bytes.append(self.memory.read()["device_peak_bytes"])
+            self.peak_bytes.append(self.memory.read()["rss_peak_bytes"])
 
     clock = Clock()
     ids = sequences(length, STEPS[length] + 1)
@@ -147,7 +147,7 @@ def bare_cell(folder: Path, length: int) -> dict[str, Any]:
         adamw.step()
         adamw.zero_grad()
         step_s.append(time.perf_counter() - started)
-        peaks.append(memory.read()["device_peak_bytes"])
+        peaks.append(memory.read()["rss_peak_bytes"])
     return {"step_s": step_s[1:], "peak_bytes": max(peaks[1:]), "loss": loss.item()}
 
 

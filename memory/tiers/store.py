@@ -107,6 +107,28 @@ class Store:
                 self._lanes.wait("copy_out" if copying else "disk_write")
             self._landed.clear()
 
+    @property
+    def arena_address(self) -> int:
+        """Of the host arena's first byte: a tensor's storage, but no memory of torch's allocator."""
+        return self._arena.tensor(Extent(0, 0)).untyped_storage().data_ptr()
+
+    def let_go(self) -> None:
+        """Release the originals of what has been copied; every other call does so too."""
+        with self._lock:
+            self._landed.clear()
+
+    def drain(self) -> None:
+        """Wait until everything has been stored.
+
+        Raises:
+            OffloadFailed: a worker failed.
+        """
+        with self._lock:
+            self._enter()
+            while any(stored._writing for stored in self._live):
+                self._lanes.wait("disk_write")
+            self._landed.clear()
+
     def put(self, tier: OffTier, tensor: Tensor, *, label: str = "") -> Stored:
         """Store a contiguous tensor; returns at once. The tensor must not be written to until it has been copied.
 

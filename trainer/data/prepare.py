@@ -35,7 +35,7 @@ from farspan.trainer.data.store import (
     writing,
 )
 from farspan.trainer.data.tokenizer import tokenizer_fingerprint, write_tokenizer
-from farspan.trainer.run_folder import write_json
+from farspan.trainer.run_folder import default_cache_root, write_json
 
 CODE_VERSION = 1
 """Raised whenever the same inputs would give other tokens, masks or splits."""
@@ -83,14 +83,6 @@ def prepare(
         _publish(folder, final)
     tell(f"tokens written to {final}")
     return final
-
-
-def default_cache_root() -> Path:
-    """`$FARSPAN_CACHE`, else `$XDG_CACHE_HOME/farspan`, else `~/.cache/farspan`."""
-    if own := os.environ.get("FARSPAN_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "farspan"
 
 
 def _key(inputs: Inputs, data: DataSource, model: ModelSource, evaluate: Evaluate) -> str:

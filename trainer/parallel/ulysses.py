@@ -82,17 +82,30 @@ class Ulysses:
             k, v = k.index_select(1, at), v.index_select(1, at)
         return q, k, v
 
+    def exchange(self, send: Tensor, send_heads: list[int], recv_heads: list[int]) -> Tensor:
+        """All-to-all of [sum(send_heads), ...] -> [sum(recv_heads), ...], split along dim 0."""
+        recv = send.new_empty((sum(recv_heads), *send.shape[1:]))
+        # a reshape that needed no copy may still be strided
+        self._all_to_all(recv, send.contiguous(), recv_heads, send_heads)
+        return recv
+
+    def _all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
+        dist.all_to_all_single(recv, send, recv_heads, send_heads, group=self.group)
+
     def to_rows(self, o_BhSD: Tensor, heads: int, kv_heads: int) -> Tensor:
         """All rows of this rank's heads -> rows of all heads [B, H, s, D]."""
         return _ToRows.apply(o_BhSD, head_layout(heads, kv_heads, self.ranks), self)
 
 
-def _exchange(send: Tensor, send_heads: list[int], recv_heads: list[int], ulysses: Ulysses) -> Tensor:
-    """all_to_all of [sum(send_heads), ...] -> [sum(recv_heads), ...], split along dim 0."""
-    recv = send.new_empty((sum(recv_heads), *send.shape[1:]))
-    # a reshape that needed no copy may still be strided
-    dist.all_to_all_single(recv, send.contiguous(), recv_heads, send_heads, group=ulysses.group)
-    return recv
+class LoneRank(Ulysses):
+    """One rank of an sp group without the others, for measuring: the same buffers, filled with this rank's own rows."""
+
+    def __init__(self, ranks: int, rank: int = 0) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def _all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
+        for at, head in enumerate(recv):
+            head.copy_(send[at % len(send)])
 
 
 def _rows_out(x_BhSD: Tensor, ranks: int) -> Tensor:
@@ -117,7 +130,7 @@ class _ToHeads(torch.autograd.Function):
             pieces += [x[:, r.start : r.stop].transpose(0, 1) for x, r in ((q, query), (k, kv), (v, kv))]
         counts = [len(query) + 2 * len(kv) for query, kv in zip(layout.query, layout.kv)]
         mine = counts[ulysses.rank]
-        recv = _exchange(torch.cat(pieces), counts, [mine] * ulysses.ranks, ulysses)
+        recv = ulysses.exchange(torch.cat(pieces), counts, [mine] * ulysses.ranks)
         h, n = len(layout.query[ulysses.rank]), len(layout.kv[ulysses.rank])
         whole = _rows_in(recv, ulysses.ranks)
         return whole[:, :h], whole[:, h : h + n], whole[:, h + n :]
@@ -128,7 +141,7 @@ class _ToHeads(torch.autograd.Function):
         counts = [len(query) + 2 * len(kv) for query, kv in zip(layout.query, layout.kv)]
         mine = counts[ulysses.rank]
         send = _rows_out(torch.cat(grads, dim=1), ulysses.ranks)
-        recv = _exchange(send, [mine] * ulysses.ranks, counts, ulysses)
+        recv = ulysses.exchange(send, [mine] * ulysses.ranks, counts)
         _, B, s, D = recv.shape
         heads = layout.query[-1].stop
         dq = recv.new_empty((heads, B, s, D))
@@ -148,7 +161,7 @@ class _ToRows(torch.autograd.Function):
     def forward(ctx: Any, o: Tensor, layout: HeadLayout, ulysses: Ulysses) -> Tensor:
         ctx.layout, ctx.ulysses = layout, ulysses
         counts, mine = [len(r) for r in layout.query], o.shape[1]
-        recv = _exchange(_rows_out(o, ulysses.ranks), [mine] * ulysses.ranks, counts, ulysses)
+        recv = ulysses.exchange(_rows_out(o, ulysses.ranks), [mine] * ulysses.ranks, counts)
         return recv.transpose(0, 1)
 
     @staticmethod
@@ -156,5 +169,5 @@ class _ToRows(torch.autograd.Function):
         layout, ulysses = ctx.layout, ctx.ulysses
         counts = [len(r) for r in layout.query]
         mine = counts[ulysses.rank]
-        recv = _exchange(grad.transpose(0, 1), counts, [mine] * ulysses.ranks, ulysses)
+        recv = ulysses.exchange(grad.transpose(0, 1), counts, [mine] * ulysses.ranks)
         return _rows_in(recv, ulysses.ranks), None, None

@@ -1,0 +1,410 @@
+"""Memory policies on one machine: predicted and measured peaks, step times, bytes moved, and torch's own tools beside.
+
+Every cell is a fresh process with one thread (`memory_cells`). First the layers of each configuration are measured at
+2,048 rows at most; everything predicted follows from that and from shapes. Then
+
+- peaks: each policy's highest point of a step, from the allocator's events, against the plan made beforehand;
+- times: policies, torch's non-reentrant checkpointing, its selective checkpointing that keeps attention, and
+  `save_on_cpu`, interleaved, several repeats; for each of the three also `solve` with exactly the device memory that it
+  was seen to take and the host memory that it used;
+- the frontier: `solve` at a range of device budgets.
+
+On a CPU "device" is what torch's allocator holds, a budget and not a limit; host memory is another part of the same
+RAM, so copies cost compute: offloading looks worse here than over a link that copies by itself.
+
+    farspan bench memory                     results/memory.json (resumable), memory.md, memory.png
+    farspan bench memory --toy               a minute, for the test
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from farspan.errors import DoesNotFit
+from farspan.memory.calibration import Calibration, Measured, calibrated_problem
+from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.hardware import load_hardware
+from farspan.memory.plan import Placement
+from farspan.memory.policies import FIXED_POLICIES, FixedPolicy, fixed_policy
+from farspan.memory.problem import Budgets, PlanProblem
+from farspan.memory.shape import AdapterShape, ModelShape, Training
+from farspan.memory.solve import solve
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+MODEL = {"family": "llama", "hidden": 128, "layers": 4, "heads": 2, "kv_heads": 1, "ffn": 344, "vocab": 2048}
+BASE = {"model": MODEL, "precision": "fp32", "lora": 0, "loss_tile": 512, "mlp_tile": 0, "sp": 1}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "full fp32": BASE,
+    "full fp32, sp 2": {**BASE, "sp": 2},
+    "LoRA bf16, Qwen3": {**BASE, "model": {**MODEL, "family": "qwen3"}, "precision": "bf16", "lora": 8},
+    "full fp32, MLP tiles": {**BASE, "mlp_tile": 1024},
+}
+TIMED = "full fp32"
+PEERS = ("checkpoint", "selective", "save_on_cpu")
+LENGTHS = (8192, 32768)
+REPEATS, STEPS = {8192: 5, 32768: 3}, {8192: 2, 32768: 1}
+SHARES = (0.85, 0.7, 0.55, 0.4)
+"""Device budgets of the frontier, as shares of what keeping everything takes."""
+ALLOWED_MISS, ALLOWED_RATIO = 0.03, 1.03
+TOY = {
+    "policies": ("keep", "ssdtrain"),
+    "peers": ("checkpoint",),
+    "shares": (0.5,),
+    "lengths": [2560],
+    "repeats": {2560: 2},
+}
+T_95 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132}
+"""One-sided 95 % points of Student's t by number of repeats."""
+AMPLE = 1 << 40
+
+
+class Bench:
+    """Cells done so far, and how to do one more."""
+
+    def __init__(self, out: Path, *, toy: bool) -> None:
+        self.out = out
+        self.policies: tuple[FixedPolicy, ...] = TOY["policies"] if toy else FIXED_POLICIES
+        self.peers, self.shares = (TOY["peers"], TOY["shares"]) if toy else (PEERS, SHARES)
+        self.done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "cells": {}}
+
+    def cell(self, key: str, task: dict[str, Any], *, ranks: int = 1) -> dict[str, Any]:
+        """A cell's result, from the file or from a run; of several ranks the first's, with all peaks."""
+        cells = self.done["cells"]
+        if key not in cells:
+            found = _run(task, ranks)
+            cells[key] = {**found[0], "ranks": [cell.get("peak_bytes") for cell in found]} if ranks > 1 else found[0]
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.done, indent=1) + "\n")
+            said = {k: v for k, v in cells[key].items() if k in ("peak_bytes", "step_s")}
+            print(f"{key:<48} {said or 'done'}", flush=True)
+        return cells[key]
+
+    def calibration(self, name: str) -> Measured:
+        """Layers of a configuration, measured."""
+        config = CONFIGS[name]
+        shape = shape_of(config)
+        request = {
+            "model": {"type": "random", **config["model"]},
+            "adapter": {"type": "lora", "rank": config["lora"]} if config["lora"] else {"type": "full"},
+            "precision": config["precision"],
+            "memory": {"loss_tile": config["loss_tile"], "mlp_tile": config["mlp_tile"] or "off"},
+            "context": max(LENGTHS),
+            "sp": config["sp"],
+            "kinds": [shape.form(layer).name for layer in range(shape.layers)],
+            "gradients": "first" if config["precision"] == "fp32" and config["sp"] == 1 else "handed on",
+            "disk_dir": str(Path.cwd()),
+        }
+        return Measured.model_validate(self.cell(f"profile/{name}", {"what": "calibrate", "request": request}))
+
+    def problem(self, name: str, length: int, budgets: Budgets | None = None) -> PlanProblem:
+        config = CONFIGS[name]
+        measured = self.calibration(name)
+        calibration = Calibration(key={}, profile=measured.profile, links=measured.links)
+        ample = Budgets(device_bytes=AMPLE, host_bytes=AMPLE, disk_bytes=AMPLE)
+        return calibrated_problem(
+            calibration, shape_of(config), training_of(config), load_hardware("cpu"), length, budgets=budgets or ample
+        )
+
+    def train(
+        self,
+        key: str,
+        name: str,
+        length: int,
+        system: str,
+        placement: Placement | None,
+        prediction: Prediction | None,
+        what: str,
+        steps: int = 1,
+    ) -> dict[str, Any]:
+        tiers = None
+        if prediction is not None and placement is not None and any(prediction.moved_bytes.values()):
+            pages = 2 * 4096 * 16 * len(placement.layers)
+            disk_bytes = prediction.disk_bytes + pages if prediction.disk_bytes else 0
+            tiers = {"host_bytes": prediction.host_bytes + pages, "disk_bytes": disk_bytes, "slots": placement.slots}
+        task = {
+            "what": what,
+            "config": CONFIGS[name],
+            "length": length,
+            "system": system,
+            "placement": placement.model_dump(mode="json") if placement is not None else None,
+            "tiers": tiers,
+            "disk_dir": str(Path.cwd()),
+            "steps": steps,
+            "ranks": CONFIGS[name]["sp"],
+        }
+        return self.cell(key, task, ranks=CONFIGS[name]["sp"])
+
+
+def _run(task: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        task = {**task, "ranks": ranks, "meet": f"{folder}/meet"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "memory_cells.py"), json.dumps(task)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "HF_HUB_OFFLINE": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        ended = [process.communicate() for process in processes]
+        for process, (_, error) in zip(processes, ended):
+            if process.returncode != 0:
+                raise RuntimeError(f"{task['what']} {task.get('system')}:\n{error[-4000:]}")
+        return [json.loads(output.strip().splitlines()[-1]) for output, _ in ended]
+
+
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    model = config["model"]
+    numbers = {key: model[key] for key in ("hidden", "layers", "heads", "kv_heads", "ffn", "vocab")}
+    norm = "head" if model["family"] == "qwen3" else "none"
+    return ModelShape.model_validate({**numbers, "head_dim": model["hidden"] // model["heads"], "qk_norm": norm})
+
+
+def training_of(config: dict[str, Any]) -> Training:
+    return Training(
+        precision=config["precision"],
+        adapter=AdapterShape(rank=config["lora"]) if config["lora"] else None,
+        sp=config["sp"],
+        loss_tile=config["loss_tile"],
+        mlp_tile=config["mlp_tile"] or None,
+    )
+
+
+def scarce(bench: Bench, name: str, length: int) -> PlanProblem:
+    """A problem in which `solve` has to use every means: what recomputing all takes, a little host and disk."""
+    ample = bench.problem(name, length)
+    checkpointed = evaluate(ample, fixed_policy(ample, "recompute")).device_peak_bytes
+    layer = ample.kinds[0]
+    fixed = sum(state.bytes for state in ample.states if state.tier == "host")
+    return bench.problem(
+        name,
+        length,
+        Budgets(device_bytes=checkpointed, host_bytes=fixed + 2 * layer.x_bytes, disk_bytes=4 * layer.x_bytes),
+    )
+
+
+def peaks(bench: Bench, lengths: list[int], names: list[str]) -> list[dict[str, Any]]:
+    """Predicted and measured peak of every policy."""
+    found = []
+    for name in names:
+        for length in lengths:
+            ample = bench.problem(name, length)
+            for policy in (*bench.policies, "solve"):
+                problem = scarce(bench, name, length) if policy == "solve" else ample
+                placement = solve(problem).placement if policy == "solve" else fixed_policy(problem, policy)
+                prediction = evaluate(problem, placement)
+                key = f"peak/{name}/{length}/{policy}"
+                cell = bench.train(key, name, length, policy, placement, prediction, "peak")
+                peak = max(cell.get("ranks") or [cell["peak_bytes"]])
+                found.append(
+                    {
+                        "config": name,
+                        "length": length,
+                        "policy": policy,
+                        "planned": prediction.device_peak_bytes,
+                        "measured": peak,
+                        "miss": prediction.device_peak_bytes / peak - 1,
+                        "at": prediction.device_peak_at,
+                        "resident": cell["resident_bytes"],
+                        "host": cell.get("host_bytes", 0),
+                        "disk": cell.get("disk_bytes", 0),
+                    }
+                )
+    return found
+
+
+def systems(bench: Bench, length: int) -> dict[str, tuple[Placement | None, Prediction | None]]:
+    """Everything that is timed: policies, peers, `solve` in each peer's memory, `solve` at the frontier's budgets."""
+    ample = bench.problem(TIMED, length)
+    found: dict[str, tuple[Placement | None, Prediction | None]] = {}
+    for policy in bench.policies:
+        placement = fixed_policy(ample, policy)
+        found[policy] = placement, evaluate(ample, placement)
+    for peer in bench.peers:
+        found[peer] = None, None
+        cell = bench.train(f"peak/{TIMED}/{length}/{peer}", TIMED, length, peer, None, None, "peak")
+        budgets = Budgets(device_bytes=cell["peak_bytes"], host_bytes=cell.get("host_bytes", 0))
+        found[f"solve at {peer}"] = _solved(bench, length, budgets)
+    whole = evaluate(ample, fixed_policy(ample, "keep")).device_peak_bytes
+    for share in bench.shares:
+        solved = _solved(bench, length, Budgets(device_bytes=int(share * whole)))
+        if solved[0] is not None:
+            found[f"solve at {share:.0%}"] = solved
+    return {key: value for key, value in found.items() if value[0] is not None or key in bench.peers}
+
+
+def _solved(bench: Bench, length: int, budgets: Budgets) -> tuple[Placement | None, Prediction | None]:
+    try:
+        solution = solve(bench.problem(TIMED, length, budgets))
+    except DoesNotFit:
+        return None, None
+    return solution.placement, solution.prediction
+
+
+def times(bench: Bench, lengths: list[int], repeats: dict[int, int]) -> None:
+    for length in lengths:
+        timed = systems(bench, length)
+        for name, (placement, prediction) in timed.items():
+            bench.train(f"peak/{TIMED}/{length}/{name}", TIMED, length, name, placement, prediction, "peak")
+        for repeat in range(repeats[length]):
+            for name, (placement, prediction) in timed.items():
+                key = f"time/{length}/{repeat}/{name}"
+                steps = STEPS.get(length, 1)
+                bench.train(key, TIMED, length, name, placement, prediction, "time", steps)
+
+
+def step_s(bench: Bench, length: int, repeat: int, name: str) -> float:
+    return min(bench.done["cells"][f"time/{length}/{repeat}/{name}"]["step_s"])
+
+
+def timed_names(bench: Bench, length: int) -> list[str]:
+    prefix = f"time/{length}/0/"
+    return [key.removeprefix(prefix) for key in bench.done["cells"] if key.startswith(prefix)]
+
+
+def lower_bound(ratios: list[float]) -> float:
+    """Of the typical ratio, with 95 % confidence."""
+    logs = [math.log(ratio) for ratio in ratios]
+    if len(logs) < 2:
+        return math.exp(logs[0])
+    spread = statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(statistics.mean(logs) - T_95[len(logs)] * spread)
+
+
+def verdicts(bench: Bench, lengths: list[int], repeats: dict[int, int]) -> list[dict[str, Any]]:
+    """`solve` against each of torch's tools in the same memory."""
+    found = []
+    for length in lengths:
+        for peer in bench.peers:
+            if f"solve at {peer}" not in timed_names(bench, length):
+                continue
+            ratios = [
+                step_s(bench, length, r, f"solve at {peer}") / step_s(bench, length, r, peer)
+                for r in range(repeats[length])
+            ]
+            found.append(
+                {"length": length, "peer": peer, "median": statistics.median(ratios), "lower": lower_bound(ratios)}
+            )
+    return found
+
+
+def report(bench: Bench, found: list[dict[str, Any]], lengths: list[int], repeats: dict[int, int]) -> tuple[str, bool]:
+    mib = 2**20
+    cells = bench.done["cells"]
+    where = ", ".join(f"{k} {v}" for k, v in bench.done["machine"].items())
+    shape = ", ".join(f"{k} {v}" for k, v in MODEL.items())
+    lines = ["# Memory policies, planned and measured", "", f"`farspan bench memory`. {shape}. Machine: {where}.", ""]
+    lines += ["## Peaks: planned from layers measured at 2,048 rows at most", ""]
+    lines += [
+        "| configuration | rows | policy | planned MiB | measured MiB | miss | resident | host | disk | peak at |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for row in found:
+        lines.append(
+            f"| {row['config']} | {row['length']} | {row['policy']} | {row['planned'] / mib:.1f} "
+            f"| {row['measured'] / mib:.1f} | {row['miss']:+.2%} | {row['resident'] / mib:.0f} "
+            f"| {row['host'] / mib:.1f} | {row['disk'] / mib:.1f} | {row['at']} |"
+        )
+    worst = max((abs(row["miss"]) for row in found), default=0.0)
+    lines += ["", f"Largest miss {worst:.2%} ({ALLOWED_MISS:.0%} allowed).", ""]
+    lines += ["## Time and bytes moved", ""]
+    lines += ["| rows | system | device MiB | host MiB | median step s | to keep | out MiB | in MiB | disk MiB |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for length in lengths:
+        for name in timed_names(bench, length):
+            every = [step_s(bench, length, r, name) for r in range(repeats[length])]
+            ratios = [step_s(bench, length, r, name) / step_s(bench, length, r, "keep") for r in range(repeats[length])]
+            peak = cells[f"peak/{TIMED}/{length}/{name}"]
+            moved = peak.get("moved_bytes", {})
+            lines.append(
+                f"| {length} | {name} | {peak['peak_bytes'] / mib:.1f} | {peak.get('host_bytes', 0) / mib:.1f} "
+                f"| {statistics.median(every):.2f} | {statistics.median(ratios):.3f} "
+                f"| {moved.get('copy_out', 0) / mib:.0f} | {moved.get('copy_in', 0) / mib:.0f} "
+                f"| {moved.get('disk_write', 0) / mib:.0f} |"
+            )
+    compared = verdicts(bench, lengths, repeats)
+    lines += ["", "`solve` in the memory each of torch's tools was seen to take, time over theirs:", ""]
+    lines += ["| rows | against | median ratio | lower 95 % bound |", "|---|---|---|---|"]
+    lines += [f"| {v['length']} | {v['peer']} | {v['median']:.3f} | {v['lower']:.3f} |" for v in compared]
+    good = worst <= ALLOWED_MISS and all(v["lower"] <= ALLOWED_RATIO for v in compared)
+    return "\n".join(lines) + "\n", good
+
+
+def plot(bench: Bench, lengths: list[int], repeats: dict[int, int], out: Path) -> None:
+    """Step time over device peak: the frontier of `solve`, the fixed policies, torch's tools."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(lengths), figsize=(6.4 * len(lengths), 4.6), squeeze=False)
+    for axis, length in zip(axes[0], lengths):
+        points = {
+            name: (
+                bench.done["cells"][f"peak/{TIMED}/{length}/{name}"]["peak_bytes"] / 2**20,
+                statistics.median(step_s(bench, length, r, name) for r in range(repeats[length])),
+            )
+            for name in timed_names(bench, length)
+        }
+        frontier = sorted(point for name, point in points.items() if name.endswith("%") or name == "keep")
+        axis.plot(*zip(*frontier), "o-", color="#1f5fbf", label="solve, device memory alone", zorder=3)
+        for name, (x, y) in points.items():
+            if name in FIXED_POLICIES or name in PEERS:
+                colour = "#c2571a" if name in PEERS else "#555555"
+                axis.plot([x], [y], "s" if name in PEERS else "^", color=colour)
+                axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=colour)
+        axis.set_title(f"{length:,} rows")
+        axis.set_xlabel("device peak of a step, MiB")
+        axis.set_ylabel("step, s (median)")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.legend(loc="lower right", fontsize=8)
+    figure.suptitle("Orange: torch's own tools; grey: fixed policies of other trainers through the same executor")
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+
+
+def machine() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": version("torch")}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="farspan bench memory", description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--toy", action="store_true", help="one configuration, few systems, short, two repeats")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS))
+    parser.add_argument("--only", choices=["peaks", "times"])
+    options = parser.parse_args(arguments)
+    lengths, repeats, names = options.lengths, dict(REPEATS), list(CONFIGS)
+    if options.toy:
+        lengths, repeats, names = TOY["lengths"], TOY["repeats"], [TIMED]
+    bench = Bench(options.out, toy=options.toy)
+    found = peaks(bench, lengths, names) if options.only != "times" else []
+    if options.only != "peaks":
+        times(bench, lengths, repeats)
+        plot(bench, lengths, repeats, options.out.with_suffix(".png"))
+    text, good = report(bench, found, lengths if options.only != "peaks" else [], repeats)
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
+    return 0 if good or options.toy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""Measures what a job's layers cost on this machine: one real layer of each kind, the head, and the lanes.
+
+The model is built at full width with as many layers as it has kinds, random weights (their values cost nothing), the
+job's adapter and tiles, and measured by `memory.measure`. So a 70B model is calibrated with one of its 80 layers; what
+is needed is room for a layer, its adapter, the embedding and the head. With sp > 1 one rank is measured, which
+exchanges rows with itself.
+
+    python -m farspan.trainer.calibrate REQUEST.json OUT.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from farspan.memory.calibration import Measured, MeasuredLinks
+from farspan.memory.measure import Subject, measure_profile
+from farspan.memory.problem import Links
+from farspan.memory.profile import Profile, Source
+from farspan.memory.tiers import Store
+from farspan.trainer import attention
+from farspan.trainer.attention import PackedSequence
+from farspan.trainer.config import CalibrationRequest, Model
+from farspan.trainer.models import (
+    DTYPES,
+    decoder_layers,
+    hollow_layers,
+    prepare_model,
+    random_config,
+)
+from farspan.trainer.parallel.ulysses import LoneRank
+
+LINK_BYTES = 256 * 2**20
+"""Moved each way over each lane: seconds, not minutes, and far more than any cache."""
+TENSOR_BYTES = 32 * 2**20
+
+
+def calibrate(request: CalibrationRequest) -> Measured:
+    """Measure here, on the CUDA device of this process if it has one."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return Measured(profile=profile_of(request, device), links=measure_links(request.disk_dir))
+
+
+def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
+    """The profile of one rank of the job."""
+    first = [request.kinds.index(kind) for kind in dict.fromkeys(request.kinds)]
+    config = _some_layers(_config(request), first)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        causal = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[request.precision], attn_implementation=attention.NAME
+        )
+        module, _ = prepare_model(causal, adapter=request.adapter, memory=request.memory, seed=0)
+    ulysses = LoneRank(request.sp) if request.sp > 1 else None
+    tiled = [m for m in module.modules() if getattr(m, "tiled_rows", None) is not None]
+    loss_tile, mlp_tile = (
+        request.memory.loss_tile,
+        None if request.memory.mlp_tile == "off" else request.memory.mlp_tile,
+    )
+
+    def step(rows: int) -> torch.Tensor:
+        ids = torch.randint(2, config.get_text_config().vocab_size, (1, rows), device=device)
+        positions = torch.arange(rows, device=device)[None]
+        return module(ids, ids.roll(-1, 1), positions, PackedSequence((rows * request.sp,), ulysses))
+
+    def set_tile(rows: int | None) -> None:
+        module.head.tile = rows or loss_tile
+        for mlp in tiled:
+            mlp.tiled_rows = rows or mlp_tile  # type: ignore[assignment]
+
+    subject = Subject(
+        model=module,
+        layers=decoder_layers(causal),
+        embedding=causal.get_input_embeddings(),
+        step=step,
+        set_tile=set_tile,
+        hollow=hollow_layers(causal),
+        gradients=request.gradients,
+    )
+    names = [request.kinds[index] for index in first]
+    return measure_profile(subject, names, loss_tile=loss_tile, mlp_tile=mlp_tile, sp=request.sp)
+
+
+def _config(request: CalibrationRequest) -> Any:
+    if isinstance(request.model, Model):
+        return AutoConfig.from_pretrained(request.model.id, revision=request.model.revision)
+    return random_config(request.model, context=request.context, eos_id=0, pad_id=1)
+
+
+def _some_layers(config: Any, indices: Sequence[int]) -> Any:
+    """The configuration with these layers only: their number, and whatever it lists layer by layer."""
+    inner = config.get_text_config()
+    count = inner.num_hidden_layers
+    for name, value in list(vars(inner).items()):
+        if isinstance(value, list | tuple) and len(value) == count and name.endswith(("layer_types", "_layers")):
+            setattr(inner, name, [value[index] for index in indices])
+    inner.num_hidden_layers = len(indices)
+    return config
+
+
+def measure_links(disk_dir: str | None) -> MeasuredLinks:
+    """Sustained rates through the tiers themselves: copies into and out of the arena, reads and writes of the disk.
+
+    A rank without a disk tier keeps the copies' rates for it; no plan uses them.
+    """
+    count = LINK_BYTES // TENSOR_BYTES
+    tensors = [torch.ones(TENSOR_BYTES // 4) for _ in range(2)]
+    busy: dict[str, float] = {}
+    for tier in ("host", "disk") if disk_dir is not None else ("host",):
+        folder = Path(disk_dir) if disk_dir is not None and tier == "disk" else None
+        with Store(
+            host_bytes=LINK_BYTES,
+            disk_dir=folder,
+            disk_bytes=LINK_BYTES if folder is not None else 0,
+            slots=count,
+            prefault=True,
+        ) as store:
+            stored = [store.put(tier, tensors[index % 2]) for index in range(count)]
+            store.drain()
+            for one in stored:
+                store.get(one, out=tensors[0])
+                store.free(one)
+            for lane in ("copy_out", "copy_in") if tier == "host" else ("disk_write", "disk_read"):
+                times = [(i.start_s, i.end_s) for i in store.statistics().intervals if i.lane == lane]
+                busy[lane] = max(end_s for _, end_s in times) - min(start_s for start_s, _ in times)
+    rates = {lane: LINK_BYTES / seconds for lane, seconds in busy.items()}
+    how = f"{LINK_BYTES >> 20} MiB in pieces of {TENSOR_BYTES >> 20} MiB through each lane"
+    return MeasuredLinks(
+        links=Links(
+            copy_out_bytes_per_s=rates["copy_out"],
+            copy_in_bytes_per_s=rates["copy_in"],
+            disk_write_bytes_per_s=rates.get("disk_write", rates["copy_out"]),
+            disk_read_bytes_per_s=rates.get("disk_read", rates["copy_in"]),
+        ),
+        source=Source(how="measured", what=how),
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    request, out = arguments
+    found = calibrate(CalibrationRequest.model_validate_json(Path(request).read_text(encoding="utf-8")))
+    Path(out).write_text(found.model_dump_json(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
