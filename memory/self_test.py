@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from farspan.errors import RunFailed
 from farspan.memory.executor import Executor
+from farspan.memory.frame import TILED_MLP
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.single_layers import calls_of, layer_kind
 from farspan.memory.tiered import DeviceLedger
@@ -94,12 +95,13 @@ def self_test(
         RebuildDiffers: a gradient is not the same.
     """
     started_s = time.perf_counter()
-    layers, placement = executor.layers, scaled(executor.placement, _test_rows(executor))
+    layers, mlp_tile = executor.layers, _mlp_tile(executor)
+    placement = scaled(executor.placement, _test_rows(executor.placement, mlp_tile), mlp_tile=mlp_tile)
     units = _distinct(layers, placement)
     if not units:
         return None
     device = next(layers[0].parameters()).device
-    exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    exact = _repeatable(device)
     cuda = [device] if device.type == "cuda" else []
     count = 0
     with (
@@ -173,9 +175,10 @@ class _Comparison:
     def _backward(self, forward: Callable[[Tensor], Tensor]) -> Iterator[tuple[tuple[int, str], Tensor | None]]:
         """Each gradient, taken from its parameter, so that the caller decides how long it lives."""
         torch.manual_seed(self.seed)
-        x = self.x.clone().requires_grad_()
+        x = self.x.detach().requires_grad_()
         try:
-            forward(x).backward(self.dy)
+            # not the leaf itself: a layer that writes into its input is the executor's to refuse
+            forward(x.clone()).backward(self.dy)
             for key, p in self.trained.items():
                 gradient, p.grad = p.grad, None
                 yield key, gradient
@@ -202,15 +205,23 @@ def _difference(layer: int, name: str, got: Tensor | None, want: Tensor | None) 
         return None if got is want else _Difference(layer, name, float("inf"), 0.0)
     if torch.equal(got, want):
         return None
-    return _Difference(layer, name, float((got.double() - want.double()).abs().max()), float(want.abs().max()))
+    return _Difference(layer, name, float((got.float() - want).abs_().max()), float(want.abs().max()))
 
 
-def _test_rows(executor: Executor) -> int:
+def _repeatable(device: torch.device) -> bool:
+    """Whether the same backward twice gives the same bits."""
+    return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+
+
+def _mlp_tile(executor: Executor) -> int:
+    """Rows of a tile where the MLP is tiled, else 0."""
+    return max(getattr(module, "tiled_rows", 0) for layer in executor.layers for module in layer.modules())
+
+
+def _test_rows(placement: Placement, mlp_tile: int) -> int:
     """Rows of a rank: few, but a tile and a cut one where the MLP is tiled, and no more than the placement is for."""
-    placement = executor.placement
     ranks = placement.attention_rows // placement.rows
-    tiles = [getattr(module, "tiled_rows", 0) for layer in executor.layers for module in layer.modules()]
-    return min(placement.rows, max(-(-ROWS // ranks), max(tiles) + O_BLOCK_ROWS))
+    return min(placement.rows, max(-(-ROWS // ranks), mlp_tile + O_BLOCK_ROWS))
 
 
 def _distinct(layers: list[nn.Module], placement: Placement) -> list[range]:
@@ -223,20 +234,25 @@ def _distinct(layers: list[nn.Module], placement: Placement) -> list[range]:
     return list(alike.values())
 
 
-def scaled(placement: Placement, rows: int) -> Placement:
-    """The same placement for fewer rows: every share in proportion, none that is there gone."""
+def scaled(placement: Placement, rows: int, *, mlp_tile: int = 0) -> Placement:
+    """The same placement for fewer rows: every share in proportion, none that is there gone.
+
+    O is cut into blocks of 256 rows and the output of a tiled MLP into its tiles, as plans do it.
+    """
     if rows == placement.rows:
         return placement
     attention_rows = rows * (placement.attention_rows // placement.rows)
+    part = -(-rows // 16)
+
+    def linear(name: str, planned: Rows) -> Rows:
+        return _scaled_rows(planned, placement.rows, rows, block=mlp_tile if mlp_tile and name == TILED_MLP else part)
 
     def layer(plan: LayerPlan) -> LayerPlan:
         return LayerPlan(
             keep=plan.keep,
-            x=None if plan.x is None else _scaled_rows(plan.x, placement.rows, rows, block=-(-rows // 16)),
+            x=None if plan.x is None else _scaled_rows(plan.x, placement.rows, rows, block=part),
             o=_scaled_rows(plan.o, placement.attention_rows, attention_rows, block=O_BLOCK_ROWS),
-            linear={
-                name: _scaled_rows(r, placement.rows, rows, block=-(-rows // 16)) for name, r in plan.linear.items()
-            },
+            linear={name: linear(name, planned) for name, planned in plan.linear.items()},
         )
 
     return Placement(
