@@ -65,7 +65,7 @@ class Status:
     """Last finished step this rank knows of; 0 before the first."""
     rss_bytes: int
     records: tuple[dict[str, Any], ...] = ()
-    """Step records from the asked index on (rank 0)."""
+    """Step records from the asked index on (rank 0), and between them events: `{"event", "text"}`."""
 
     def without_records(self) -> Status:
         return replace(self, records=())
@@ -115,6 +115,10 @@ class Reporter:
             self._step = int(record.get("step", self._step))
         self._metrics.step_finished(record)
         self._note()
+
+    def event(self, event: str, text: str) -> None:
+        with self._lock:
+            self._records.append({"event": event, "text": text})
 
     def status(self, records_from: int) -> Status:
         """What this rank does now; records before index `records_from` have arrived and are forgotten."""

@@ -176,7 +176,7 @@ class Gang:
             ray.wait(asked, num_returns=len(asked), timeout=2.0)
 
     def take_records(self) -> list[dict[str, Any]]:
-        """Step records of rank 0 that arrived since the last call."""
+        """Step records and events of rank 0 that arrived since the last call."""
         first = self.members[0]
         if first.status is None or not first.status.records:
             return []

@@ -209,7 +209,10 @@ class Supervisor:
 
     def _take(self, gang: Gang) -> None:
         for record in gang.take_records():
-            self.on_record(record)
+            if "event" in record:
+                self.journal.event(record["event"], record["text"])
+            else:
+                self.on_record(record)
         self.journal.still_running(gang.step)
 
     def _report(self, failures: list[RankFailure]) -> RankFailure:

@@ -65,6 +65,18 @@ class Executor:
             for name in classes.keys() & {*plan.linear, *self.hollow}:
                 route_linear(classes[name], name)
 
+    @contextlib.contextmanager
+    def with_rows_of(self, placement: Placement) -> Iterator[None]:
+        """Inside, forwards store what `placement` says; it may differ from this executor's in numbers of rows only."""
+        own = self.placement
+        assert placement.units() == self.units, "other segments would need other nodes"
+        assert [plan.linear.keys() for plan in placement.layers] == [plan.linear.keys() for plan in own.layers]
+        self.placement = placement
+        try:
+            yield
+        finally:
+            self.placement = own
+
     def _keep(self, index: int, call: partial[Any], x: Tensor) -> Tensor:
         y = call(x)
         if self.store is not None:

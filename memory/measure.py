@@ -36,6 +36,7 @@ from farspan.memory.profile import (
     Source,
     attended_pairs,
 )
+from farspan.memory.single_layers import hooked
 
 TIMED_ROWS = (1024, 2048)
 """Lengths at which seconds are taken."""
@@ -136,30 +137,16 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
     )
 
 
-def run_layers(layers: list[nn.Module], hooks: dict[int, Callable[..., Any]], run: Callable[[], Any]) -> Any:
-    """Run a model with some decoder layers replaced by hooks `(call, x) -> y`, and all others passed over."""
-    before = [(layer.gradient_checkpointing, getattr(layer, "_gradient_checkpointing_func", None)) for layer in layers]
-    try:
-        for index, layer in enumerate(layers):
-            layer.gradient_checkpointing = True  # type: ignore[assignment]
-            layer._gradient_checkpointing_func = hooks.get(index, lambda _, x: x)  # type: ignore[assignment]
-        return run()
-    finally:
-        for layer, (on, function) in zip(layers, before):
-            layer.gradient_checkpointing, layer._gradient_checkpointing_func = on, function  # type: ignore[assignment]
-
-
 def probe(subject: Subject, index: int, rows: int, measure: Callable[[partial[Any], Tensor], Any]) -> None:
     """Call `measure(call, x)` in the place of layer `index`."""
 
-    def hook(call: partial[Any], x: Tensor) -> Tensor:
+    def hook(call: Any, x: Tensor) -> Tensor:
         with torch.enable_grad():
             measure(call, x.detach())
         return x
 
-    with torch.no_grad():
-        # transformers offers the hook in training only, which no_grad does not change
-        run_layers(subject.layers, {index: hook}, lambda: subject.step(rows))
+    with torch.no_grad(), hooked(subject.layers, {index: hook}):
+        subject.step(rows)
 
 
 class _Seed(torch.autograd.Function):
@@ -444,7 +431,8 @@ def _head_run(subject: Subject, arrive: Callable[[Any, Tensor], Tensor], rows: i
     if subject.gradients == "handed on":
         hooks = [p.register_post_accumulate_grad_hook(_hand_on) for p in _outside(subject)]
     try:
-        run_layers(subject.layers, {0: arrive}, lambda: subject.step(rows).backward())
+        with hooked(subject.layers, {0: arrive}):
+            subject.step(rows).backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,6 +18,8 @@ from farspan.trainer.engine import make_engine
 from farspan.trainer.models import DTYPES, CausalLMLoss, add_adapter, random_config, zero3
 from farspan.trainer.parallel.mesh import RankGrid, form_groups
 from farspan.trainer.parallel.ulysses import Ulysses
+from farspan.trainer.self_test import check_rebuilding
+from farspan.trainer.tiling import tile_mlp
 
 LAYERS, VOCAB = 4, 300
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -110,21 +112,38 @@ def _compare(
     zero: int,
     lengths: list[int],
     placements: list[Placement],
+    **more: Any,
 ) -> list[str]:
     grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
-    runs = [_step(grid, family, precision, lora, zero, lengths, p) for p in (None, *placements)]
+    runs = [_step(grid, family, precision, lora, zero, lengths, p, **more) for p in (None, *placements)]
     return [f"{index}: {name}" for index, run in enumerate(runs[1:]) for name in differing(run, runs[0])]
 
 
 def _step(
-    grid: RankGrid, family: str, precision: str, lora: bool, zero: int, lengths: list[int], placement: Placement | None
+    grid: RankGrid,
+    family: str,
+    precision: str,
+    lora: bool,
+    zero: int,
+    lengths: list[int],
+    placement: Placement | None,
+    *,
+    tile: int | None = None,
+    self_test: bool = False,
 ) -> dict[str, Tensor]:
     """Two micro-batches through an engine: losses, whole gradients, and the weights after the update."""
     with zero3(zero == 3, grid.device) if zero == 3 else contextlib.nullcontext():
         made = Model(family, precision=precision, adapter=LoRA(rank=4) if lora else None)
-    executor = Executor(made.layers, placement) if placement is not None else None
-    engine = make_engine(made.loss, made.trainable(), Optim(lr=1e-2), grid, zero=zero, precision=precision)  # type: ignore[arg-type]
+    if tile is not None:
+        tile_mlp(made.model, tile)
+    executor = Executor(made.layers, placement, hollow=True) if placement is not None else None
     ulysses = Ulysses(grid.sp_group) if grid.sp_group is not None else None
+    if self_test:
+        made.loss.executor = executor
+        tested = check_rebuilding(made.loss, grid, ulysses, zero=zero, seed=5)
+        assert (tested is None) == (executor is None)
+        assert tested is None or (tested.units >= 1 and tested.gradients > 9 * tested.units)
+    engine = make_engine(made.loss, made.trainable(), Optim(lr=1e-2), grid, zero=zero, precision=precision)  # type: ignore[arg-type]
     sp, found = grid.mesh.sp, {}
     for micro in range(2):
         torch.manual_seed(100 + 10 * micro + grid.dp_index)

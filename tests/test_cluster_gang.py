@@ -81,7 +81,8 @@ def test_success(session: Session, tmp_path: Path) -> None:
     world = run.result.seen["world"]
     assert (world.world_size, world.local_rank, world.master_addr) == (2, 0, "127.0.0.1")
     assert run.result.seen["env"]["OMP_NUM_THREADS"] == "2"
-    assert [event["event"] for event in run.events] == ["placing", "starting", "running", "finished"]
+    assert [event["event"] for event in run.events] == ["placing", "starting", "running", "self-test", "finished"]
+    assert run.text("self-test") == "tested itself"
     assert (run.status["status"], run.status["step"], run.status["error"]) == ("done", 5, None)
     for rank in (0, 1):
         log = (tmp_path / "logs" / "latest" / f"trainer-{rank}.log").read_text()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from farspan.errors import DataError
 from farspan.trainer.config import OnTooLong
+from farspan.trainer.data import packing
 from farspan.trainer.data.packing import (
     IGNORED_LABEL,
     Pack,
@@ -175,6 +176,44 @@ def test_same_number_same_pack_whatever_was_read_before() -> None:
     assert any((other.pack(i).input_ids[:1] != read[i].input_ids[:1]).any() for i in range(5))
     first_of_epochs = [read[straight.packs_in_epoch(0) * e].input_ids.tolist() for e in range(2)]
     assert first_of_epochs[0] != first_of_epochs[1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=LENGTHS, context=st.integers(2, 50), pack=st.booleans(), seed=st.integers(0, 3))
+def test_the_longest_pack_comes_first_and_all_others_stay(
+    lengths: list[int], context: int, pack: bool, seed: int
+) -> None:
+    """So that a job runs out of memory in its first step, or not in this epoch."""
+    documents = make_documents(lengths)
+    stream = PackedStream(documents, context, "split", pack, seed)
+    count = stream.packs_in_epoch(0)
+    got = [stream.pack(index).input_ids.tolist() for index in range(count)]
+    assert len(got[0]) == max(map(len, got))
+    plan = packing._plan(stream._lengths, context, pack, (seed, 0))
+    stream._planned = 0, plan  # the order of the shuffle alone
+    shuffled = [stream.pack(index).input_ids.tolist() for index in range(count)]
+    longest = max(range(count), key=lambda index: (len(shuffled[index]), -index))
+    shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
+    assert got == shuffled
+    assert stream.epoch_of(count) == 1
+    next_epoch = stream.pack(count).input_ids.tolist()
+    stream._planned = 1, packing._plan(stream._lengths, context, pack, (seed, 1))
+    assert stream.pack(count).input_ids.tolist() == next_epoch, "later epochs are as they are shuffled"
+
+
+def test_the_pack_after_an_interruption_is_the_next_one() -> None:
+    """2n packs in one go are n packs and, from a new stream, n more; on two dp groups every pack is seen once."""
+    documents = make_documents(np.random.default_rng(5).integers(1, 90, 120).tolist())
+    count = 2 * PackedStream(documents, 64, "split").packs_in_epoch(0)
+    whole = PackedStream(documents, 64, "split")
+    straight = [whole.pack(index).input_ids.tolist() for index in range(2 * count)]
+    halves = [PackedStream(documents, 64, "split") for _ in range(2)]
+    resumed = [halves[index // count].pack(index).input_ids.tolist() for index in range(2 * count)]
+    assert resumed == straight
+    steps = [straight[first : first + 4] for first in range(0, 2 * count, 4)]  # dp 2, accumulation 2
+    groups = [[step[dp_index::2] for step in steps] for dp_index in range(2)]
+    assert Counter(map(tuple, straight)) == Counter(tuple(p) for group in groups for step in group for p in step)
+    assert len(groups[0][0][0]) == max(map(len, straight[: whole.packs_in_epoch(0)]))
 
 
 def test_order_is_pinned() -> None:

@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sp_ranks import on_ranks, train_rank
 
 from farspan import Checkpoint, Evaluate, LoRA, MemoryBudget, Optim, RandomModel, TextData, Track
+from farspan.memory.plan import checkpoint_every_layer
+from farspan.memory.self_test import RebuildDiffers
 from farspan.trainer.config import FullFineTune, Mesh, TrainSpec
 from farspan.trainer.data.packing import PackedStream
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.store import TokenStore
 from farspan.trainer.run_folder import read_metrics
+from farspan.trainer.sft import train
+from farspan.trainer.world import Silent, World
 
 MODEL = RandomModel(family="llama", hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, vocab=300)
 
@@ -116,7 +121,6 @@ def test_resuming_on_another_mesh_and_zero_stage(tokens: Path, tmp_path: Path) -
 
 def test_the_loss_is_that_of_transformers_on_the_same_documents(tokens: Path, tmp_path: Path) -> None:
     """Step 1 of a packed run, against each document alone through plain transformers."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     record = run(spec(tokens, tmp_path / "run", optim=Optim(lr=1e-2, steps=1), mesh=Mesh(dp=1, sp=2)))[0]
@@ -130,6 +134,36 @@ def test_the_loss_is_that_of_transformers_on_the_same_documents(tokens: Path, tm
             logits = model(input_ids=ids).logits[0, :-1]
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
     assert record["loss"] == pytest.approx(total / pack.trained_tokens, rel=1e-6)
+
+
+class Events(Silent):
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.told.append(("step", str(record["step"])))
+
+    def event(self, event: str, text: str) -> None:
+        self.told.append((event, text))
+
+
+def test_a_run_that_rebuilds_tests_itself_before_its_first_step(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Optim(lr=1e-2, steps=2)
+    kept = run(spec(tokens, tmp_path / "kept", optim=short))
+    placement = checkpoint_every_layer(2, rows=256, attention_rows=256)
+    rebuilding, events = spec(tokens, tmp_path / "rebuilt", optim=short, placement=placement), Events()
+    train(rebuilding, World(), events)
+    assert [event for event, _ in events.told] == ["self-test", "step", "step"]
+    assert events.told[0][1].startswith("self-test 1 unit, 10 gradients bit-equal to keep, ")
+    assert numbers(read_metrics(tmp_path / "rebuilt/metrics.jsonl")) == numbers(kept)
+
+    monkeypatch.setattr("farspan.memory.executor.Tape._input_of", lambda tape, index: torch.zeros(1, 256, 32))
+    events = Events()
+    with pytest.raises(RebuildDiffers, match="rebuilding decoder layer 1 does not give the gradients of keeping it"):
+        train(rebuilding.model_copy(update={"run_dir": str(tmp_path / "broken")}), World(), events)
+    assert events.told == []
 
 
 def test_nan_stops_the_run_before_the_update(tokens: Path, tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ from farspan.trainer.world import Silent, World
 
 
 class _StepLines(Silent):
+    def event(self, event: str, text: str) -> None:
+        del event
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
     def record(self, record: dict[str, Any]) -> None:
         held_out = record.get("eval_loss")
         sys.stdout.write(

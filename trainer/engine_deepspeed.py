@@ -21,7 +21,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -206,6 +207,15 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     # Shared-memory all-reduce for inference on CPU: never called in training, half a minute to compile.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+    """Parameters that `zero.Init` has partitioned, whole on every rank inside; what is written to them is lost."""
+    import deepspeed
+
+    _rename_collectives()
+    whole: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(parameters))
+    return whole
 
 
 def _rename_collectives() -> None:

@@ -137,6 +137,12 @@ class CausalLMLoss(nn.Module):
         self.head = LossHead(_projection(causal), tile=loss_tile, scale=_logit_scale(causal.config))
         self._causal = (causal,)  # in a tuple: registering it again would list every parameter twice
 
+    @property
+    def decoder(self) -> nn.Module:
+        """Embedding, decoder layers and final norm, as transformers runs them."""
+        decoder: nn.Module = self._causal[0].get_decoder()
+        return decoder
+
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, sequence: PackedSequence) -> Tensor:
         """Sum of token losses over this rank's rows.
 
@@ -144,16 +150,9 @@ class CausalLMLoss(nn.Module):
             input_ids, labels, position_ids: int64 [1, s]; labels are shifted already, -100 where nothing is trained.
             sequence: boundaries of the whole pack and the exchange of the sp group.
         """
-        hidden = (
-            self._causal[0]
-            .get_decoder()(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                use_cache=False,
-                **{attention.KEYWORD: sequence},
-            )
-            .last_hidden_state
-        )
+        hidden = self.decoder(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **{attention.KEYWORD: sequence}
+        ).last_hidden_state
         return self.head(hidden.flatten(0, 1), labels.flatten())
 
 

@@ -31,6 +31,7 @@ from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
+from farspan.trainer.self_test import check_rebuilding
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
 
@@ -66,6 +67,7 @@ class Trainer:
         self._write_base_model()
         self.tiers = models.open_store(spec)
         module, trainable = models.build(spec, self.grid.device, self.tiers)
+        self._self_test(module)
         self.engine = make_engine(
             module,
             trainable,
@@ -251,6 +253,14 @@ class Trainer:
             self.writer.write(record)
             self.record = record
             self.progress.record(record)
+
+    def _self_test(self, module: models.CausalLMLoss) -> None:
+        """At every start, since library versions may have changed since the last one."""
+        self.progress.phase("self-test", planned_s=FIRST_TIME_S)
+        seed, zero = self.spec.optim.seed, self.spec.zero
+        found = check_rebuilding(module, self.grid, self.ulysses, zero=zero, seed=seed)
+        if found is not None and self.grid.rank == 0:
+            self.progress.event("self-test", str(found))
 
     def _restore(self) -> None:
         self.progress.phase("restore", planned_s=EXPORT_S)

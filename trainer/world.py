@@ -67,6 +67,9 @@ class Progress(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """Rank 0 finished a step; `record` is what was written to `metrics.jsonl`."""
 
+    def event(self, event: str, text: str) -> None:
+        """Rank 0 tells of something that is not a step; ends in `events.jsonl` and on the screen."""
+
 
 class Silent:
     """Reports nothing."""
@@ -76,3 +79,6 @@ class Silent:
 
     def record(self, record: dict[str, Any]) -> None:
         del record
+
+    def event(self, event: str, text: str) -> None:
+        del event, text

@@ -6,7 +6,9 @@ unused on ordinary data and never cuts a document to fill a pack. The pieces of 
 windows of 4096, so the sort costs O(n log n) on small lists and long documents are not gathered at the start.
 
 Packs are numbered over all epochs. The number alone decides the content, whatever the mesh: ranks of one sequence ask
-for the same number, a resumed run asks for the next one, and no state has to be saved. Shuffles come from raw PCG64
+for the same number, a resumed run asks for the next one, and no state has to be saved. The first pack of all is the
+first epoch's longest: a job that runs out of memory does so in its first step and not after hours. (A later epoch may
+hold a pack that is longer by what best-fit leaves unused, never longer than the context.) Shuffles come from raw PCG64
 output, which numpy promises to keep, so a run may resume under another version of numpy.
 
 Sources: Johnson 1973 (best-fit decreasing); Krell et al. 2021, Ding et al. 2024 (packing without truncation).
@@ -153,6 +155,19 @@ def _plan(lengths: np.ndarray, context: int, pack: bool, entropy: tuple[int, ...
     return _Plan(np.concatenate(packs) if packs else shuffled, bounds)
 
 
+def _longest_first(plan: _Plan, lengths: np.ndarray) -> _Plan:
+    """The same packs, the one with the most rows (the earliest of equals) and the first one in each other's place."""
+    longest = int(np.add.reduceat(lengths[plan.order], plan.bounds[:-1]).argmax())
+    first, start, stop = int(plan.bounds[1]), int(plan.bounds[longest]), int(plan.bounds[longest + 1])
+    if longest == 0:
+        return plan
+    order = plan.order
+    sizes = np.diff(plan.bounds)
+    sizes[[0, longest]] = sizes[[longest, 0]]
+    swapped = np.concatenate([order[start:stop], order[first:start], order[:first], order[stop:]])
+    return _Plan(swapped, np.concatenate([[0], np.cumsum(sizes)]))
+
+
 @dataclass(frozen=True)
 class Pack:
     """One sequence for the model: whole pieces, end to end, not padded. T <= context.
@@ -253,7 +268,8 @@ class PackedStream:
 
     def _epoch_plan(self, epoch: int) -> _Plan:
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, _plan(self._lengths, self.context, self._pack, (self._seed, epoch))
+            plan = _plan(self._lengths, self.context, self._pack, (self._seed, epoch))
+            self._planned = epoch, plan if epoch else _longest_first(plan, self._lengths)
         return self._planned[1]
 
 
