@@ -7,6 +7,7 @@ policy becomes a placement, and the same evaluation tells what both cost. `farsp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from farspan.errors import DoesNotFit
@@ -72,10 +73,16 @@ def plan(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -
     problem = problem_of(job, train, facts, hardware)
     policy = job.memory.plan
     if policy == "solve":
-        solution = solve(problem)
+        solution = solved(problem)
         return Planned(policy, hardware, problem, solution.placement, solution.prediction, solution)
     placement = fixed_policy(problem, policy)
     return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None)
+
+
+@lru_cache(maxsize=8)
+def solved(problem: PlanProblem) -> Solution:
+    """`solve`, once for a problem: choosing a mesh and planning on it ask for the same one."""
+    return solve(problem)
 
 
 def require_fit(planned: Planned) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from farspan.errors import DoesNotFit
 from farspan.jobs.facts import hardware_of, machine_beside, model_facts
 from farspan.jobs.load import Loaded
+from farspan.jobs.mesh import by_prediction
 from farspan.jobs.plan import Planned, longest_context, plan, size
-from farspan.jobs.resolve import batch_chain, resolve
+from farspan.jobs.resolve import batch_chain, mesh_reason, resolve
 from farspan.memory.plan import TIERS
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def plan_beside(loaded: Loaded, *, longest: bool) -> tuple[Planned, int | None]:
     """Plan a job without starting anything; with `longest`, also the longest context that fits."""
     job = loaded.job
     facts, machine = model_facts(job.model), machine_beside(job)
-    resolved = resolve(job, facts, machine, loaded.origins)
+    resolved = resolve(job, facts, machine, loaded.origins, by_prediction(job, facts, machine))
     hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)
     tokens = longest_context(job, resolved.train, facts, hardware) if longest else None
     try:
@@ -31,7 +32,7 @@ def plan_beside(loaded: Loaded, *, longest: bool) -> tuple[Planned, int | None]:
         raise DoesNotFit(
             problem.what, at=problem.at, why=problem.why, try_=f"{problem.try_}; the longest context is {tokens}"
         ) from None
-    return replace(planned, batch=batch_chain(resolved)), tokens
+    return replace(planned, batch="\n".join([batch_chain(resolved), *mesh_reason(resolved)])), tokens
 
 
 def show(planned: Planned, *, console: Console, longest_tokens: int | None = None) -> None:
