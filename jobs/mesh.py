@@ -46,10 +46,15 @@ class Candidate:
     def s_per_token(self) -> float:
         return self.step_s / self.tokens
 
+    @property
+    def per_million(self) -> str:
+        seconds = self.s_per_token * 2**20
+        return f"{seconds:.4g}" if seconds < 1e4 else f"{seconds:,.0f}"
+
     def words(self) -> str:
         if self.step_s == INFINITY:
             return f"sp={self.sp} does not fit by {size(self.short_bytes)}"
-        return f"{'' if self.planned else 'at least '}{self.s_per_token * 2**20:.4g} at sp={self.sp}"
+        return f"{'' if self.planned else 'at least '}{self.per_million} at sp={self.sp}"
 
 
 def by_prediction(job: SFTJob, facts: ModelFacts, machine: Machine) -> Choose:
@@ -108,7 +113,7 @@ def _why(best: Candidate, candidates: Sequence[Candidate]) -> str:
             candidate.short_bytes = short_bytes(candidate.problem)
     others = sorted((c for c in candidates if c is not best), key=lambda c: (c.s_per_token, c.short_bytes))
     slower = [c.words() for c in others if c.step_s < INFINITY]
-    why = f"sp={best.sp}: {best.s_per_token * 2**20:.4g} s per 1M tokens"
+    why = f"sp={best.sp}: {best.per_million} s per 1M tokens"
     if slower:
         why += f" against {', '.join(slower)}"
     if any(c.s_per_token < best.s_per_token for c in others if c.planned):
