@@ -209,7 +209,7 @@ def export(
 
 
 def bench(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="sft, invariance or disk.")],
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="sft, invariance, disk or plan.")],
 ) -> int:
     """Run a benchmark of infra/bench; what follows its name goes to it."""
     return _bench(name, ())

@@ -7,6 +7,7 @@ policy becomes a placement, and the same evaluation tells what both cost. `farsp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from farspan.errors import DoesNotFit
@@ -83,7 +84,7 @@ def plan(
     problem = problem_of(job, train, facts, hardware, calibration)
     policy = job.memory.plan
     if policy == "solve":
-        solution = solve(problem)
+        solution = solved(problem)
         return Planned(policy, hardware, problem, solution.placement, solution.prediction, solution, calibration)
     placement = fixed_policy(problem, policy)
     return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None, calibration)
@@ -96,6 +97,12 @@ def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardwa
     policy = "keep" if job.memory.plan == "solve" else job.memory.plan
     needed = evaluate(problem, fixed_policy(problem, policy))
     return 2 * needed.device_peak_bytes > problem.budgets.device_bytes or bool(needed.over_bytes)
+
+
+@lru_cache(maxsize=8)
+def solved(problem: PlanProblem) -> Solution:
+    """`solve`, once for a problem: choosing a mesh and planning on it ask for the same one."""
+    return solve(problem)
 
 
 def require_fit(planned: Planned) -> None:

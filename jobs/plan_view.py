@@ -10,8 +10,9 @@ from farspan.errors import DoesNotFit, JobError
 from farspan.jobs.calibrate import device_name, known_calibration, measure_here, measured_calibration, not_measured
 from farspan.jobs.facts import hardware_of, machine_beside, model_facts
 from farspan.jobs.load import Loaded
+from farspan.jobs.mesh import by_prediction
 from farspan.jobs.plan import Planned, longest_context, plan, shape_of, size, training_of
-from farspan.jobs.resolve import batch_chain, resolve
+from farspan.jobs.resolve import batch_chain, mesh_reason, resolve
 from farspan.memory.plan import TIERS
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tupl
     """
     job = loaded.job
     facts, machine = model_facts(job.model), machine_beside(job)
-    resolved = resolve(job, facts, machine, loaded.origins)
+    resolved = resolve(job, facts, machine, loaded.origins, by_prediction(job, facts, machine))
     hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)
     shape, training, device = shape_of(facts), training_of(resolved.train), device_name(machine)
     calibration = None
@@ -54,7 +55,7 @@ def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tupl
         raise DoesNotFit(
             problem.what, at=problem.at, why=problem.why, try_=f"{problem.try_}; the longest context is {tokens}"
         ) from None
-    return replace(planned, batch=batch_chain(resolved)), tokens
+    return replace(planned, batch="\n".join([batch_chain(resolved), *mesh_reason(resolved)])), tokens
 
 
 def show(planned: Planned, *, console: Console, longest_tokens: int | None = None) -> None:

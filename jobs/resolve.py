@@ -7,9 +7,9 @@ values that came from the file, a flag or a default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from farspan.cluster.config import GangSpec
 from farspan.cluster.placement import Demand
@@ -88,11 +88,16 @@ class Resolved:
         return table
 
 
+Choose: TypeAlias = Callable[[Sequence[Resolved]], tuple[int | None, str]]
+"""Which of several ways to resolve a job, best by rule first, and why in a sentence; None: the rule stands."""
+
+
 def resolve(
     job: SFTJob,
     facts: ModelFacts,
     machine: Machine,
     origins: Mapping[str, Origin],
+    choose: Choose | None = None,
 ) -> Resolved:
     """Decide everything a job leaves open.
 
@@ -102,12 +107,23 @@ def resolve(
         machine: what the cluster can give. A job that asks for more is not refused here: the cluster layer waits for
             the resources and then states demand against supply.
         origins: where the job's values came from, by dotted path.
+        choose: picks among the SP degrees that `auto` may take, each with the dp and ZeRO stage that go with it;
+            `jobs.mesh` does so by prediction. None: by rule, the most ranks and then the highest degree.
 
     Raises:
         JobError: values that contradict each other: SP degree no layout allows, tokens per step that do not divide
             into packs, CPU offload without ZeRO, more warm-up than steps.
     """
-    return _Resolution(job, facts, machine, origins).result()
+    by_rule = _Resolution(job, facts, machine, origins)
+    if choose is None or len(by_rule.degrees) < 2:
+        return by_rule.result()
+    others = [_Resolution(job, facts, machine, origins, sp=degree).result() for degree in by_rule.degrees[1:]]
+    candidates = [by_rule.result(), *others]
+    index, why = choose(candidates)
+    chosen, rows = candidates[index or 0], f"{-(-job.data.context // candidates[index or 0].train.mesh.sp)} rows"
+    why = f"{by_rule.why_sp}; {why}" if index is None else f"{by_rule.limit}; {why}; {rows} on each rank"
+    sp = Value(chosen.train.mesh.sp, Origin("planner", why=why))
+    return replace(chosen, values={**chosen.values, "parallel.sp": sp})
 
 
 def batch_chain(resolved: Resolved) -> str:
@@ -123,16 +139,25 @@ def batch_chain(resolved: Resolved) -> str:
     )
 
 
+def mesh_reason(resolved: Resolved) -> list[str]:
+    """Why the SP degree is what it is, on a line; none when the job says it."""
+    origin = resolved.values["parallel.sp"].origin
+    return [f"sp {resolved.train.mesh.sp}: {origin.why}"] if origin.kind == "planner" else []
+
+
 class _Resolution:
     """The decisions in their order; each may use the ones before it."""
 
-    def __init__(self, job: SFTJob, facts: ModelFacts, machine: Machine, origins: Mapping[str, Origin]) -> None:
+    def __init__(
+        self, job: SFTJob, facts: ModelFacts, machine: Machine, origins: Mapping[str, Origin], *, sp: int | None = None
+    ) -> None:
         self.job, self.facts, self.machine, self.origins = job, facts, machine, origins
         self.decided: dict[str, Value] = {}
         self.use_gpu = self._use_gpu()
         bundle = {"CPU": job.cluster.cpus_per_actor, **({"GPU": 1.0} if self.use_gpu else {})}
         self.ranks = Demand(ranks=1, bundle=bundle, strategy=job.cluster.placement).room(machine.nodes)
-        self.sp = self._sp()
+        self.degrees, self.limit, self.why_sp = list[int](), "", ""
+        self.sp = self._sp(sp)
         self.dp = self._dp()
         self.tokens = self._tokens_per_step()
         self.accumulation = self.tokens // (job.data.context * self.dp)
@@ -182,7 +207,7 @@ class _Resolution:
         self._decide("cluster.use_gpu", found, f"the cluster has {self.machine.gpus:g} GPUs")
         return found
 
-    def _sp(self) -> int:
+    def _sp(self, chosen: int | None) -> int:
         heads, asked = self.facts.heads, self.job.parallel.sp
         if asked != "auto":
             if 1 <= asked <= heads:
@@ -203,15 +228,18 @@ class _Resolution:
             f"at least {MIN_ROWS} rows on a rank of a context of {context}": max(1, context // MIN_ROWS),
         }
         most = min(limits.values())
-        why = f"at most {most}: {next(words for words, limit in limits.items() if limit == most)}"
+        self.limit = f"at most {most}: {next(words for words, limit in limits.items() if limit == most)}"
         even = [degree for degree in range(1, most + 1) if heads % degree == 0]
-        sp = max(even, key=lambda degree: (degree * (share // degree) if dp == "auto" else degree, degree))
-        if sp == 1 and most > 1:
-            sp = most
-            why += f"; none above 1 divides {heads} heads, so a rank has {heads // sp} or {-(-heads // sp)} of them"
-        elif sp < most:
-            why += f"; {sp} divides {heads} heads and uses the most ranks"
-        self._decide("parallel.sp", sp, f"{why}; {-(-context // sp)} rows on each rank")
+        used = {degree: degree * (share // degree) if dp == "auto" else degree for degree in even}
+        self.degrees, why = sorted(even, key=lambda degree: (used[degree], degree), reverse=True), self.limit
+        if even == [1] and most > 1:
+            self.degrees = [most, 1]
+            why += f"; none above 1 divides {heads} heads, so a rank has {heads // most} or {-(-heads // most)} of them"
+        elif self.degrees[0] < most:
+            why += f"; {self.degrees[0]} divides {heads} heads and uses the most ranks"
+        sp = chosen or self.degrees[0]
+        self.why_sp = f"{why}; {-(-context // sp)} rows on each rank"
+        self._decide("parallel.sp", sp, self.why_sp)
         return sp
 
     def _dp(self) -> int:

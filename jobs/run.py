@@ -19,7 +19,7 @@ from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine, model_facts
 from farspan.jobs.load import Loaded
 from farspan.jobs.origins import origins_in_python
-from farspan.jobs.resolve import Resolved, batch_chain, resolve
+from farspan.jobs.resolve import Resolved, batch_chain, mesh_reason, resolve
 from farspan.jobs.submit import anchored
 from farspan.memory.plan import checkpoint_every_layer, keep_everything
 from farspan.trainer.run_folder import RunFolder, read_metrics, write_json
@@ -80,11 +80,12 @@ def run(
     resolve(job, facts, _ONE_RANK, origins)
     with Claim(folder, resume=resume, clean=clean) as claim:
         from farspan.cluster.session import connect
+        from farspan.jobs.mesh import by_prediction
 
         with connect(address) as session:
             _say(console, "ray", "on this machine" if session.local else session.address)
             here = machine(wait_s=job.cluster.wait_s)
-            resolved = resolve(job, facts, here, origins)
+            resolved = resolve(job, facts, here, origins, by_prediction(job, facts, here))
             resolved = _with_plan(resolved, job, facts, here, console)
             _check_room(resolved, session)
             if resume:
@@ -94,6 +95,8 @@ def run(
             _write_job(folder, job, resolved)
             _say(console, "run", str(folder.root))
             _say(console, "batch", batch_chain(resolved))
+            for why in mesh_reason(resolved):
+                _say(console, "mesh", why)
             return _train(folder, resolved, session, console)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from farspan.errors import JobError
+from farspan.errors import NoProfile
 from farspan.memory.hardware import Hardware
 from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_bytes import TILE_ROWS, tiled, today
@@ -45,8 +45,8 @@ def analytic_profile(
         working_set: `today` for unmodified layers, `tiled` for the fused kernels described in `layer_bytes`.
 
     Raises:
-        JobError: the model has layers that are not counted (mixture of experts, linear attention), or more ranks share
-            a sequence than there are heads.
+        NoProfile: the model has layers that are not counted (mixture of experts, linear attention).
+        JobError: more ranks share a sequence than there are heads.
     """
     forms = {shape.form(layer).name: shape.form(layer) for layer in range(shape.layers)}
     for form in forms.values():
@@ -76,7 +76,7 @@ def _require_counted(form: LayerForm) -> None:
     if form.mixer == "attention" and form.experts == 1:
         return
     what = "linear attention" if form.mixer == "linear" else f"{form.experts} experts"
-    raise JobError(
+    raise NoProfile(
         f"a layer with {what} has no analytic profile",
         at="model",
         why="what such a layer keeps depends on its kernels and, with experts, on the routing; it has to be measured",

@@ -93,7 +93,7 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
         name=kind.name,
         x_bytes=math.ceil(kind.x_bytes_per_row * rows),
         o_bytes=o_bytes,
-        o_blocks=-(-attention_rows // O_BLOCK_ROWS),
+        o_block_rows=O_BLOCK_ROWS,
         linear=tuple(_linear(linear, rows) for linear in kind.linear),
         keep_bytes=math.ceil(kind.keep_bytes.at(rows)),
         forward_s=kind.forward_s.at(rows),
@@ -116,7 +116,7 @@ def _linear(linear: LinearProfile, rows: int) -> LinearClass:
         name=linear.name,
         bytes=math.ceil(linear.bytes_per_row * rows),
         matmul_s=linear.matmul_s.at(rows),
-        tiles=1 if linear.tile_rows is None else -(-rows // linear.tile_rows),
+        tile_rows=linear.tile_rows,
         inner_only=linear.inner_only,
     )
 

@@ -40,12 +40,7 @@ def smallest_device(problem: PlanProblem) -> Placement:
         over = evaluator.over(walk)
         return (sum(over.get(name, 0) for name in ("host", "disk", "disk_write")), walk.peak, walk.step_s)
 
-    layers = len(problem.layers) - problem.frozen_below
-    shapes = [
-        replace(even_shape(evaluator, -(-layers // longest), 0, between, prefetch=0), slots=1)
-        for longest in lengths(layers)
-        for between in (("o", "xo") if longest > 2 else ("o",))
-    ]
+    shapes = smallest_shapes(evaluator)
     values: dict[Shape, float] = {}
 
     def value(shape: Shape) -> float:
@@ -68,6 +63,25 @@ def smallest_device(problem: PlanProblem) -> Placement:
                 break
             limits = {name: limit - over.get(name, 0) for name, limit in limits.items()}
     return best_near(evaluator, starts, lowest)
+
+
+def smallest_shapes(evaluator: Evaluator) -> list[Shape]:
+    """Even segments of every length with nothing kept and nothing fetched ahead."""
+    layers = len(evaluator.problem.layers) - evaluator.problem.frozen_below
+    return [
+        replace(even_shape(evaluator, -(-layers // longest), 0, between, prefetch=0), slots=1)
+        for longest in lengths(layers)
+        for between in (("o", "xo") if longest > 2 else ("o",))
+    ]
+
+
+def short_bytes(problem: PlanProblem) -> int:
+    """About how much memory is missing for any plan to fit; at least 1. `smallest_device` is exact, and slower."""
+    evaluator = Evaluator(problem)
+    states = sum(max(0, evaluator.fixed[tier] - evaluator.limits[tier]) for tier in ("host", "disk"))
+    solved = [RowProgram(evaluator, s, evaluator.limits).solve(least_device=True) for s in smallest_shapes(evaluator)]
+    least = min((found.value for found in solved if found), default=evaluator.fixed["device"])
+    return states + max(1, round(least) - evaluator.limits["device"])
 
 
 def does_not_fit(problem: PlanProblem, smallest: Prediction) -> DoesNotFit:

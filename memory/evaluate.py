@@ -3,21 +3,6 @@
 One micro-batch is walked through layer by layer, as `memory.plan` tells it: a compute lane, and four lanes that each
 serve their jobs in the order these were asked for. Nothing is averaged, so a stall appears where it would happen; the
 solver's search calls this, therefore plain numbers and no array library. It costs about a millisecond for 80 layers.
-
-Where the text of the contract leaves a choice, this is what is assumed:
-
-- A rebuilt layer copies out in one job, host and disk rows together, ready at the end of the layer; its device bytes
-  are released, and its disk rows may be written, when the job ends. Host bytes count from the start of the job.
-- A unit is fetched in up to three jobs: disk rows to staging; host rows to the device; staged rows to the device. Lanes
-  serve units in the order of backward, host rows before staged ones, and no row before it was copied out and written.
-  Host rows and staging are released when their job to the device ends; staging counts from the start of the read.
-- A unit "starts" when its own rows have arrived. With `prefetch=0` it is asked for when the unit before it ends.
-- The loss head waits for no copy. Rows asked for while still on their way out count twice on the device.
-- During a forward within backward the gradient of the output it leads to is held too (`x_bytes`).
-- `forward_s` and `backward_s` contain their own exchanges; `exchange_s` is what each further forward adds.
-- A kind without O (`o_bytes` 0) runs its attention again in every further forward, since none can be given.
-- With several micro-batches the gradients of the one before are held from the start, and the optimizer runs once.
-- Bytes of some rows of a tensor are rounded up to whole bytes.
 """
 
 from __future__ import annotations
@@ -108,7 +93,7 @@ class Prediction(Schema):
 
 
 def share_bytes(total_bytes: int, part: int, whole: int) -> int:
-    """Bytes of `part` of a tensor's `whole` rows."""
+    """Bytes of `part` of a tensor's `whole` rows, rounded up."""
     return -(-total_bytes * part // whole)
 
 

@@ -19,20 +19,26 @@ How a step runs, which is what predicted time and memory stand on:
 
 1. Forward goes through the layers from 0. At the end of a rebuilt layer its stored rows exist (while it runs they are
    part of its working memory, which the rebuild of the same layer exceeds in any case): device rows stay; host
-   and disk rows are copied out by one lane, first come first served, and count as device bytes until copied. Disk rows
-   are then written by a second lane, and count as host bytes (staging) until written. A layer may start when the
-   copies and writes of all but the last `slots` layers that offload are done; waiting is a stall.
-2. The loss head runs forward and backward in one go.
+   and disk rows are copied out in one job by one lane, first come first served, and count as host bytes from its start
+   and as device bytes to its end. Disk rows are then written by a second lane, and count as host bytes (staging) until
+   written. A layer may start when the copies and writes of all but the last `slots` layers that offload are done;
+   waiting is a stall.
+2. The loss head runs forward and backward in one go, and waits for no copy.
 3. Backward goes from the last layer to 0, in units: a kept layer, or a segment. A unit's rows on host and disk are
-   fetched by two lanes (disk to host staging, host to device). A unit is asked for when the unit `prefetch` places
-   earlier starts (the first `prefetch` + 1 units: when the loss head starts), counts as device bytes from then on, and
-   its backward may start when all has arrived; waiting is a stall.
+   fetched in the order of backward by two lanes: host rows to the device; disk rows to host staging, then to the
+   device; none before it was copied out and written. A unit starts when all has arrived; waiting is a stall. It is
+   asked for when the unit `prefetch` places earlier starts (with 0: when the one before it ends; the first
+   `prefetch` + 1 units: when the loss head starts), and counts as device bytes from then on, beside rows that are still
+   on their way out. Host rows and staging, which counts from the start of its read, are released when they are on the
+   device.
 4. A segment first runs its inner forward from the head to the last layer but one, taking stored rows as given.
    It leaves the complete O of each layer (stored rows of that O are released then) and, with `between="xo"`, the input
    of the next; with `between="o"` inputs are recomputed from the head for every layer. Then each layer, last first, is
    rebuilt with autograd and run backward, its O complete meanwhile (the last layer's in place of its stored rows); its
    x, O and other rows are released after it. Stored outputs of linear layers are among what a rebuild makes: given,
-   they are not made again, so they count once.
+   they are not made again, so they count once. The gradient that backward has come to is held during all of this. A
+   layer that has no O to give runs its attention in every forward.
+5. The optimizer runs once, after the last micro-batch. Gradients of a micro-batch are held through those after it.
 """
 
 from __future__ import annotations

@@ -39,10 +39,14 @@ def fixed_policy(problem: PlanProblem, policy: FixedPolicy) -> Placement:
     )
 
 
-def grid_rows(rows: int, parts: int, stored_parts: int) -> int:
-    """Rows of the last `stored_parts` of `parts` equal parts of a tensor; the last part is the one cut short."""
-    size = -(-rows // parts)
-    return rows - min(rows, size * (parts - stored_parts))
+def grid_parts(rows: int, part_rows: int | None) -> int:
+    """Parts of a tensor cut every `part_rows` rows from its start; None: one."""
+    return -(-rows // (part_rows or rows))
+
+
+def grid_rows(rows: int, part_rows: int | None, stored_parts: int) -> int:
+    """Rows of the last `stored_parts` of these parts, of which the very last may be cut short."""
+    return max(0, rows - (part_rows or rows) * (grid_parts(rows, part_rows) - stored_parts))
 
 
 def stored_whole(problem: PlanProblem, kind: LayerKind, tier: Tier) -> LayerPlan:
@@ -72,8 +76,9 @@ def memo_layers(problem: PlanProblem) -> list[LayerPlan]:
         hidden = problem.links.copy_out_bytes_per_s * forward_s - kind.x_bytes - kind.o_bytes
         alpha = min(1.0, max(0.0, min(share_of_host, hidden / max(1, rest[kind.name]))))
         whole = stored_whole(problem, kind, "host")
-        tiles = {c.name: grid_rows(problem.rows, c.tiles, int(alpha * c.tiles + 1e-9)) for c in kind.linear}
-        return LayerPlan(x=whole.x, o=whole.o, linear={n: Rows(host=tiles[n]) for n in whole.linear if tiles[n]})
+        parts = {c.name: int(alpha * grid_parts(problem.rows, c.tile_rows) + 1e-9) for c in kind.linear}
+        stored = {c.name: grid_rows(problem.rows, c.tile_rows, parts[c.name]) for c in kind.linear}
+        return LayerPlan(x=whole.x, o=whole.o, linear={n: Rows(host=stored[n]) for n in whole.linear if stored[n]})
 
     plans = {kind.name: offloaded(kind) for kind in problem.kinds}
     return [
@@ -95,17 +100,18 @@ def ssdtrain_layers(problem: PlanProblem) -> list[LayerPlan]:
         read_bytes = problem.links.disk_read_bytes_per_s * (kind.backward_s + kind.attention_backward_s)
         left_bytes = min(write_bytes, read_bytes)
 
-        def split(rows: int, parts: int, size: int) -> Rows:
+        def split(rows: int, part_rows: int | None, size: int) -> Rows:
             nonlocal left_bytes
-            to_disk = parts if size <= left_bytes else int(left_bytes * parts / size)
-            left_bytes -= to_disk * size / parts
-            device = grid_rows(rows, parts, parts - to_disk)
+            parts = grid_parts(rows, part_rows)
+            to_disk = parts if size <= left_bytes else int(left_bytes * rows / size / (part_rows or rows))
+            device = grid_rows(rows, part_rows, parts - to_disk)
+            left_bytes -= size * (rows - device) / rows
             return Rows(device=device, disk=rows - device)
 
         plans[kind.name] = LayerPlan(
-            x=split(problem.rows, problem.rows, kind.x_bytes),
-            o=split(problem.attention_rows, kind.o_blocks, kind.o_bytes) if kind.o_bytes else Rows(),
-            linear={c.name: split(problem.rows, c.tiles, c.bytes) for c in kind.linear if not c.inner_only},
+            x=split(problem.rows, 1, kind.x_bytes),
+            o=split(problem.attention_rows, kind.o_block_rows, kind.o_bytes) if kind.o_bytes else Rows(),
+            linear={c.name: split(problem.rows, c.tile_rows, c.bytes) for c in kind.linear if not c.inner_only},
         )
     kinds = [problem.kind(layer) for layer in range(len(problem.layers))]
     return [plans[kind.name] for kind in kinds[:-1]] + [stored_whole(problem, kinds[-1], "device")]

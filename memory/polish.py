@@ -18,7 +18,7 @@ import numpy as np
 from farspan.memory.evaluate import Evaluator, Walk
 from farspan.memory.milp import alike
 from farspan.memory.plan import LayerPlan, Placement, Rows
-from farspan.memory.policies import KEEP, grid_rows
+from farspan.memory.policies import KEEP, grid_parts, grid_rows
 from farspan.memory.problem import LayerKind, LinearClass
 from farspan.memory.row_program import Shape, Solved
 
@@ -34,7 +34,8 @@ def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
     problem = evaluator.problem
     carried: dict[tuple[str, str], np.ndarray] = {}
 
-    def rounded(kind: LayerKind, name: str, share: np.ndarray, rows: int, parts: int) -> Rows:
+    def rounded(kind: LayerKind, name: str, share: np.ndarray, rows: int, part_rows: int) -> Rows:
+        parts = grid_parts(rows, part_rows)
         wanted = share * parts + carried.get((kind.name, name), 0.0)
         taken = np.floor(wanted + 1e-6).astype(int)
         if name == "x":
@@ -42,21 +43,22 @@ def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
         for tier in (2, 1, 0):
             taken[tier] = max(0, min(taken[tier], parts - (int(taken.sum()) - taken[tier])))
         carried[kind.name, name] = wanted - taken
-        return tiered(rows, parts, taken)
+        return tiered(rows, part_rows, taken)
 
     def tiles(kind: LayerKind, classes: list[LinearClass], share: np.ndarray) -> dict[str, Rows]:
         """Tiles of classes of one price, the large ones first: lanes see even bytes, whichever class they are of."""
         size = sum(c.bytes for c in classes)
         wanted = share * size + carried.get((kind.name, classes[0].name), 0.0)
         taken = {c.name: [0, 0, 0] for c in classes}
+        parts = {c.name: grid_parts(problem.rows, c.tile_rows) for c in classes}
         for tier in (2, 1, 0):
-            for c in sorted(classes, key=lambda c: -c.bytes / c.tiles):
-                tile = c.bytes / c.tiles
-                fitting = int(wanted[tier] / tile + 1e-6) if tile else c.tiles
-                taken[c.name][tier] = max(0, min(fitting, c.tiles - sum(taken[c.name])))
+            for c in sorted(classes, key=lambda c: -c.bytes / parts[c.name]):
+                tile = c.bytes / parts[c.name]
+                fitting = int(wanted[tier] / tile + 1e-6) if tile else parts[c.name]
+                taken[c.name][tier] = max(0, min(fitting, parts[c.name] - sum(taken[c.name])))
                 wanted[tier] -= taken[c.name][tier] * tile
         carried[kind.name, classes[0].name] = wanted
-        return {c.name: tiered(problem.rows, c.tiles, taken[c.name]) for c in classes if any(taken[c.name])}
+        return {c.name: tiered(problem.rows, c.tile_rows, taken[c.name]) for c in classes if any(taken[c.name])}
 
     layers: list[LayerPlan] = [KEEP] * len(evaluator.kinds)
     for layer in range(problem.frozen_below, shape.kept_from):
@@ -64,8 +66,8 @@ def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
         x, o, shares = solved.x.get(layer), solved.o.get(layer), solved.linear.get(layer, {})
         groups = [group for group in alike(kind.linear) if group[0].name in shares]
         layers[layer] = LayerPlan(
-            x=None if x is None else rounded(kind, "x", x, problem.rows, problem.rows),
-            o=Rows() if o is None else rounded(kind, "o", o, problem.attention_rows, kind.o_blocks),
+            x=None if x is None else rounded(kind, "x", x, problem.rows, 1),
+            o=Rows() if o is None else rounded(kind, "o", o, problem.attention_rows, kind.o_block_rows),
             linear={n: rows for group in groups for n, rows in tiles(kind, group, shares[group[0].name]).items()},
         )
     return Placement(
@@ -79,15 +81,15 @@ def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
     )
 
 
-def tiered(rows: int, parts: int, taken: Sequence[int] | np.ndarray) -> Rows:
+def tiered(rows: int, part_rows: int | None, taken: Sequence[int] | np.ndarray) -> Rows:
     """Rows of so many parts on device, host and disk, from the end of the sequence."""
-    ends = [grid_rows(rows, parts, int(sum(taken[: count + 1]))) for count in range(3)]
+    ends = [grid_rows(rows, part_rows, int(sum(taken[: count + 1]))) for count in range(3)]
     return Rows(device=ends[0], host=ends[1] - ends[0], disk=ends[2] - ends[1])
 
 
-def split(rows: Rows, whole: int, parts: int) -> list[int]:
+def split(rows: Rows, whole: int, part_rows: int | None) -> list[int]:
     """Parts on device, host and disk: the reverse of `tiered`."""
-    size = -(-whole // parts)
+    parts, size = grid_parts(whole, part_rows), part_rows or whole
     ends = np.cumsum([rows.device, rows.host, rows.disk])
     counts = [parts - (whole - int(end)) // size if end else 0 for end in ends]
     return [counts[0], counts[1] - counts[0], counts[2] - counts[1]]
@@ -152,20 +154,20 @@ def changes(evaluator: Evaluator, placement: Placement) -> Iterator[Change]:
         plan, kind = placement.layers[layer], evaluator.kinds[layer]
         if not plan.keep:
             yield layer, "keep", KEEP
-        for rows in moves(plan.x or Rows(), problem.rows, problem.rows):
+        for rows in moves(plan.x or Rows(), problem.rows, 1):
             if rows.stored == problem.rows:
                 yield layer, "x", rows
         if plan.x is not None:
             yield layer, "x", None
         if kind.o_bytes:
-            yield from ((layer, "o", rows) for rows in moves(plan.o, problem.attention_rows, kind.o_blocks))
+            yield from ((layer, "o", rows) for rows in moves(plan.o, problem.attention_rows, kind.o_block_rows))
         for linear in kind.linear:
             stored = plan.linear.get(linear.name, Rows())
-            yield from ((layer, linear.name, rows) for rows in moves(stored, problem.rows, linear.tiles))
+            yield from ((layer, linear.name, rows) for rows in moves(stored, problem.rows, linear.tile_rows))
 
 
-def moves(stored: Rows, rows: int, parts: int) -> Iterator[Rows]:
-    taken = split(stored, rows, parts)
+def moves(stored: Rows, rows: int, part_rows: int | None) -> Iterator[Rows]:
+    taken, parts = split(stored, rows, part_rows), grid_parts(rows, part_rows)
     levels = [*taken, parts - sum(taken)]
     seen = {tuple(levels)}
     for source, target in [(a, b) for a in range(4) for b in range(4) if a != b]:
@@ -175,24 +177,24 @@ def moves(stored: Rows, rows: int, parts: int) -> Iterator[Rows]:
             moved[target] += count
             if tuple(moved) not in seen:
                 seen.add(tuple(moved))
-                yield tiered(rows, parts, moved[:3])
+                yield tiered(rows, part_rows, moved[:3])
     for target in range(4):
         whole = tuple(parts if tier == target else 0 for tier in range(4))
         if whole not in seen:
             seen.add(whole)
-            yield tiered(rows, parts, whole[:3])
+            yield tiered(rows, part_rows, whole[:3])
 
 
 def adapted(plan: LayerPlan, kind: LayerKind, other: LayerKind) -> LayerPlan:
     """The plan of a layer of one kind for a layer of another, as far as they share a grid."""
     if kind is other:
         return plan
-    grid = {c.name: c.tiles for c in other.linear}
-    tiles = {c.name: c.tiles for c in kind.linear}
+    grid = {c.name: c.tile_rows for c in other.linear}
+    shared = {c.name for c in kind.linear if c.name in grid and grid[c.name] == c.tile_rows}
     return plan.model_copy(
         update={
-            "o": plan.o if kind.o_blocks == other.o_blocks and other.o_bytes else Rows(),
-            "linear": {name: rows for name, rows in plan.linear.items() if grid.get(name) == tiles[name]},
+            "o": plan.o if kind.o_block_rows == other.o_block_rows and other.o_bytes else Rows(),
+            "linear": {name: rows for name, rows in plan.linear.items() if name in shared},
         }
     )
 

@@ -21,8 +21,9 @@ class LinearClass(Schema):
     """All rows."""
     matmul_s: float = Field(ge=0)
     """Seconds of its forward for all rows; recomputing a share of the rows costs that share."""
-    tiles: int = Field(default=1, ge=1)
-    """Rows are stored in so many equal parts: linear layers run on a fixed row grid in every plan, else bits differ."""
+    tile_rows: int | None = Field(default=None, ge=1)
+    """Rows are stored in tiles of so many, the last one cut short: linear layers run on a fixed row grid in every plan,
+    else bits differ. None: all or none."""
     inner_only: bool = False
     """Not needed to run the layer's backward, only to obtain the next layer's input (`down_proj`)."""
 
@@ -35,8 +36,8 @@ class LayerKind(Schema):
     """Layer input; its output and their gradients have this size too."""
     o_bytes: int
     """Attention output and log-sum-exp, all rows; 0: no attention whose output can be given."""
-    o_blocks: int = Field(default=1, ge=1)
-    """Rows of O are stored in whole blocks; so many of them are the whole."""
+    o_block_rows: int = Field(default=1, ge=1)
+    """Rows of O are stored in blocks of so many, the last one cut short."""
     linear: tuple[LinearClass, ...] = ()
     keep_bytes: int
     """What autograd stores when the layer is kept, its input x included where autograd saves it."""

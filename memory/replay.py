@@ -6,7 +6,7 @@ lanes, a clock runs them, and a ledger records each block of memory as it comes 
 too slow for a search, quick enough to check its result and to draw it.
 
 Lanes run one operation at a time in the order of the program, as streams do, so more bandwidth is never slower. Where
-the contract leaves a choice, this is what is simulated:
+another order is as good, or the contract says less, this is what is simulated:
 
 - Time. `forward_s` contains its exchanges; `exchange_s` is what each inner and rebuilding forward adds. `inner_only`
   classes run in inner forwards, not in rebuilds. Stored rows shorten both, down to `elementwise_s`. A layer without O

@@ -129,9 +129,7 @@ class Search:
             self.add(fixed_policy(self.problem, policy), policy)
             if policy == "keep" and self.found:
                 return
-        for shorter, longest in pairwise([0, *lengths(self.layers)]):
-            if (least := bound(self.evaluator, shorter + 1, longest)) is not None:
-                self.bounds[longest] = least
+        self.bounds = bounds(self.evaluator)
         shapes = [shape for shape in sorted(self.seeds(), key=self.value) if self.value(shape) < INFINITY]
         kinds: dict[tuple[int, int], Shape] = {}
         for shape in shapes:
@@ -229,6 +227,22 @@ class Search:
                     limits[name] -= over[name] + (1e-5 * 2**attempt * limit if attempt > 2 else 0)
                 elif not over:
                     limits[name] += 0.9 * (limit - self.evaluator.used(walk)[name])
+
+
+def bounds(evaluator: Evaluator) -> dict[int, Bound]:
+    """By the longest segment's layers, the lower bounds of all placements that rebuild a layer."""
+    layers = len(evaluator.problem.layers) - evaluator.problem.frozen_below
+    found = {end: bound(evaluator, shorter + 1, end) for shorter, end in pairwise([0, *lengths(layers)])}
+    return {end: least for end, least in found.items() if least is not None}
+
+
+def least_s(problem: PlanProblem) -> float:
+    """No plan takes less; infinity when by its totals none fits. Ten times quicker than `solve`, a few percent less."""
+    evaluator = Evaluator(problem)
+    kept = evaluator.walk(fixed_policy(problem, "keep"))
+    if not evaluator.over(kept):
+        return kept.step_s
+    return min((least.step_s for least in bounds(evaluator).values()), default=INFINITY)
 
 
 def same_s(seconds: float, *, digits: int) -> float:

@@ -14,7 +14,7 @@ from typing import Literal
 from hypothesis import strategies as st
 
 from farspan.memory.plan import TIERS, LayerPlan, Placement, Rows
-from farspan.memory.policies import KEEP, grid_rows
+from farspan.memory.policies import KEEP, grid_parts, grid_rows
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
 from farspan.schema import Schema
 
@@ -25,29 +25,31 @@ BANDWIDTHS = st.sampled_from([0.5, 1.0, 2.0, 8.0, 64.0])
 
 
 @st.composite
-def linear_classes(draw: st.DrawFn, name: str, inner_only: bool, tiles: int) -> LinearClass:
+def linear_classes(draw: st.DrawFn, name: str, inner_only: bool, rows: int, tiles: int) -> LinearClass:
     return LinearClass(
         name=name,
         bytes=draw(st.integers(1, 6)) * 4 * tiles,
         matmul_s=draw(SECONDS),
-        tiles=tiles,
+        tile_rows=None if tiles == 1 else rows // tiles,
         inner_only=inner_only,
     )
 
 
 @st.composite
-def layer_kinds(draw: st.DrawFn, name: str, rows: int, classes: int, o_blocks: int, gradients: bool) -> LayerKind:
+def layer_kinds(
+    draw: st.DrawFn, name: str, rows: int, classes: int, o_blocks: int, o_block_rows: int, gradients: bool
+) -> LayerKind:
     x_bytes = draw(st.integers(1, 4)) * 4 * rows
     names = [("o_proj", False), ("down_proj", True), ("gate_proj", False)]
     tiles = draw(st.sampled_from([t for t in (1, 2, 4) if rows % t == 0]))
-    linear = tuple(draw(linear_classes(name, inner, tiles)) for name, inner in names[:classes])
+    linear = tuple(draw(linear_classes(name, inner, rows, tiles)) for name, inner in names[:classes])
     elementwise_s = draw(SECONDS)
     has_attention = draw(st.integers(0, 4)) > 0
     return LayerKind(
         name=name,
         x_bytes=x_bytes,
         o_bytes=draw(st.integers(1, 6)) * 4 * o_blocks if has_attention else 0,
-        o_blocks=o_blocks if has_attention else 1,
+        o_block_rows=o_block_rows if has_attention else 1,
         linear=linear,
         keep_bytes=draw(st.integers(1, 30)) * 4,
         forward_s=elementwise_s + sum(c.matmul_s for c in linear),
@@ -70,9 +72,10 @@ def problems(draw: st.DrawFn, layers: int = 6, kinds: int = 2, classes: int = 3,
     """A problem of at most so many layers, kinds, linear classes and blocks of O, that may or may not be feasible."""
     rows = draw(st.sampled_from([1, 2, 4, 8]))
     o_blocks = draw(st.sampled_from([b for b in (1, 2, 4, 8) if b <= blocks]))
+    o_block_rows = draw(st.sampled_from([1, 2]))
     gradients = draw(st.booleans())
     drawn = tuple(
-        draw(layer_kinds(f"kind{index}", rows, draw(st.integers(0, classes)), o_blocks, gradients))
+        draw(layer_kinds(f"kind{index}", rows, draw(st.integers(0, classes)), o_blocks, o_block_rows, gradients))
         for index in range(draw(st.integers(1, kinds)))
     )
     names = draw(st.lists(st.sampled_from([kind.name for kind in drawn]), min_size=1, max_size=layers))
@@ -82,7 +85,7 @@ def problems(draw: st.DrawFn, layers: int = 6, kinds: int = 2, classes: int = 3,
     working = max(max(kind.rebuild_peak_bytes, kind.forward_peak_bytes) + kind.x_bytes for kind in stack)
     return PlanProblem(
         rows=rows,
-        attention_rows=o_blocks * draw(st.sampled_from([1, 2])),
+        attention_rows=o_blocks * o_block_rows,
         kinds=drawn,
         layers=tuple(names),
         head=Head(
@@ -113,11 +116,12 @@ def problems(draw: st.DrawFn, layers: int = 6, kinds: int = 2, classes: int = 3,
 
 
 @st.composite
-def drawn_rows(draw: st.DrawFn, rows: int, parts: int, *, whole: bool = False) -> Rows:
-    """Rows on the tiers, on the grid of `parts`; `whole`: none is left to be recomputed."""
+def drawn_rows(draw: st.DrawFn, rows: int, part_rows: int | None, *, whole: bool = False) -> Rows:
+    """Rows on the tiers, cut every `part_rows`; `whole`: none is left to be recomputed."""
+    parts = grid_parts(rows, part_rows)
     cuts = sorted(draw(st.lists(st.integers(0, parts), min_size=3, max_size=3)))
     cuts[2] = parts if whole else cuts[2]
-    device, host, disk = (grid_rows(rows, parts, cut) for cut in cuts)
+    device, host, disk = (grid_rows(rows, part_rows, cut) for cut in cuts)
     return Rows(device=device, host=host - device, disk=disk - host)
 
 
@@ -133,9 +137,11 @@ def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
         head = index == problem.frozen_below or layers[-1:] == [KEEP] or draw(st.booleans())
         layers.append(
             LayerPlan(
-                x=draw(drawn_rows(problem.rows, problem.rows, whole=True)) if head else None,
-                o=draw(drawn_rows(problem.attention_rows, kind.o_blocks)) if kind.o_bytes else Rows(),
-                linear={c.name: draw(drawn_rows(problem.rows, c.tiles)) for c in kind.linear if draw(st.booleans())},
+                x=draw(drawn_rows(problem.rows, 1, whole=True)) if head else None,
+                o=draw(drawn_rows(problem.attention_rows, kind.o_block_rows)) if kind.o_bytes else Rows(),
+                linear={
+                    c.name: draw(drawn_rows(problem.rows, c.tile_rows)) for c in kind.linear if draw(st.booleans())
+                },
             )
         )
     return Placement(
@@ -163,18 +169,18 @@ def llama_8b(tokens: int, kernels: Literal["today", "tiled"], layers: int = 32) 
     inputs = {name: 14336 if name == "down_proj" else 4096 for name in widths}
     matmul_s = {name: 2 * inputs[name] * width * tokens / matmul for name, width in widths.items()}
     attention_flop = 8192 * tokens * tokens
-    tiles = max(8, tokens // 16384)
+    tile_rows = min(tokens // 8, 16384)
     kind = LayerKind(
         name="full",
         x_bytes=8 * KIB * tokens,
         o_bytes=8 * KIB * tokens + KIB * tokens // 8,
-        o_blocks=tokens // 256,
+        o_block_rows=256,
         linear=tuple(
             LinearClass(
                 name=name,
                 bytes=2 * width * tokens,
                 matmul_s=matmul_s[name],
-                tiles=tiles,
+                tile_rows=tile_rows,
                 inner_only=name == "down_proj",
             )
             for name, width in widths.items()

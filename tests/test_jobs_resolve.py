@@ -96,7 +96,7 @@ def test_whatever_is_resolved_adds_up(cpus, nodes, heads, rows, sp, dp, packs, a
         most = min(ranks, heads, max(1, context // MIN_ROWS))
         even = [d for d in range(1, most + 1) if heads % d == 0]
         best = max(((ranks // d) * d, d) for d in even)[1]
-        assert mesh.sp == (most if best == 1 else best)
+        assert mesh.sp == (most if even == [1] else best)
     assert '"auto"' not in train.model_dump_json()
     assert {".".join(p) for p, _ in leaves(job)} <= set(resolved.values)
     assert all(v.origin.why for v in resolved.values.values() if v.origin.kind == "planner")

@@ -21,7 +21,8 @@ from farspan.trainer.checkpoint_format import Manifest, write_manifest
 from farspan.trainer.run_folder import RunFolder, write_json
 
 RECORD = {"step": 3, "loss": 2.5, "eval_loss": 2.25}
-BATCH = "tokens per step 8192 = 1 pack of 8192 = dp 1 x accumulation 1; each pack on sp 4 ranks of 2048 rows"
+BATCH = "tokens per step 32768 = 4 packs of 8192 = dp 4 x accumulation 1; each pack on sp 1 rank of 8192 rows"
+"""So small a model has its sequences on one rank each: nothing needs to be exchanged."""
 
 
 class Session:
@@ -108,6 +109,7 @@ def test_the_last_line_says_how_it_ended(world, job, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"done:    3 steps, loss 2.5000, held-out 2.2500, checkpoint {tmp_path / 'step_3'}"
     assert f"batch    {BATCH}" in lines
+    assert any(line.startswith("mesh     sp 1: at most 4: 4 ranks for a sequence; sp=1: ") for line in lines)
     assert not any("never shown twice" in line for line in lines)
 
 

@@ -18,11 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.errors import JobError
+from farspan.kernels.attention import prefix_rows
 from farspan.memory.allocations import footprint
 from farspan.memory.analytic import analytic_profile
-from farspan.memory.build import build_problem, problem_for
+from farspan.memory.build import O_BLOCK_ROWS, build_problem, problem_for
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.layer_forward import head_split
+from farspan.memory.policies import grid_rows
 from farspan.memory.problem import PlanProblem
 from farspan.memory.profile import AttentionProfile, PairTime, Profile
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
@@ -298,9 +300,18 @@ def test_rows_are_padded_to_the_ranks_and_o_comes_in_blocks() -> None:
     assert (problem.rows, problem.attention_rows) == (334, 1002)
     (kind,) = problem.kinds
     assert kind.x_bytes == 334 * 4096 * 2
-    assert kind.o_blocks == 4
+    assert kind.o_block_rows == 256
     # 32 heads on 3 ranks: one has 11
     assert kind.o_bytes == 1002 * 11 * (128 * 2 + 4)
+
+
+def test_o_is_cut_where_the_kernel_cuts_rows() -> None:
+    """What is recomputed before the stored rows are whole blocks, so that no row is both stored and computed."""
+    for rows in (1002, 10_000, 32_769):
+        assert grid_rows(rows, O_BLOCK_ROWS, 0) == 0 and grid_rows(rows, O_BLOCK_ROWS, -(-rows // 256)) == rows
+        for stored in range(1, rows // 256 - 2):
+            first = rows - grid_rows(rows, O_BLOCK_ROWS, stored)
+            assert prefix_rows(first, rows) == first
 
 
 def test_a_tile_longer_than_the_rows_is_no_tile() -> None:

@@ -20,8 +20,9 @@ from plan_cases import PROBLEMS, SavedProblem, deep, llama_8b, placements, probl
 
 from farspan.errors import DoesNotFit
 from farspan.memory.evaluate import LANES, Evaluator, Prediction, evaluate
-from farspan.memory.plan import LayerPlan, Placement, Rows
-from farspan.memory.policies import FIXED_POLICIES, KEEP, fixed_policy
+from farspan.memory.plan import LayerPlan, Placement, Policy, Rows
+from farspan.memory.policies import FIXED_POLICIES, KEEP, fixed_policy, grid_parts
+from farspan.memory.polish import split, tiered
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
 from farspan.memory.solve import longest, smallest_device, solve
 
@@ -59,8 +60,8 @@ def by_hand(layers: int = 3, **changes: object) -> PlanProblem:
         name="full",
         x_bytes=100,
         o_bytes=40,
-        o_blocks=4,
-        linear=(LinearClass(name="up_proj", bytes=60, matmul_s=3.0, tiles=2),),
+        o_block_rows=1,
+        linear=(LinearClass(name="up_proj", bytes=60, matmul_s=3.0, tile_rows=2),),
         keep_bytes=500,
         forward_s=4.0,
         attention_forward_s=8.0,
@@ -226,8 +227,8 @@ def test_memo_moves_what_hides_and_fits() -> None:
     rest = sum(c.bytes for c in kind.linear if not c.inner_only)
     hidden = 50e9 * (kind.forward_s + kind.attention_forward_s) - kind.x_bytes - kind.o_bytes
     layers = fixed_policy(problem, "memo").layers
-    tiles = kind.linear[0].tiles
-    assert [layer.linear["q_proj"].host for layer in layers[:30]] == [int(hidden / rest * tiles) * 32768 // tiles] * 30
+    assert kind.linear[0].tile_rows == 4096
+    assert [layer.linear["q_proj"].host for layer in layers[:30]] == [int(hidden / rest * 8) * 4096] * 30
     assert 0 < hidden < rest
     assert all(layer.x == Rows(host=32768) and layer.o == Rows(host=32768) for layer in layers[:30])
     assert all(layer.linear["up_proj"] == Rows(device=32768) for layer in layers[30:])
@@ -248,6 +249,40 @@ def test_offload_inputs_ends_where_host_memory_does() -> None:
     assert evaluate(llama_8b(428 * 1024, "tiled"), fixed_policy(llama_8b(428 * 1024, "tiled"), "offload-inputs")).fits
     over = evaluate(llama_8b(429 * 1024, "tiled"), fixed_policy(llama_8b(429 * 1024, "tiled"), "offload-inputs"))
     assert over.over_bytes.keys() == {"host"}
+
+
+# Rows lie on a grid
+
+
+@given(st.integers(1, 50), st.none() | st.integers(1, 60), st.data())
+def test_parts_are_cut_from_the_start_of_a_tensor(rows: int, part_rows: int | None, data: st.DataObject) -> None:
+    """Against the list of parts, the last of them what is left."""
+    size = part_rows or rows
+    parts = [min(size, rows - start) for start in range(0, rows, size)]
+    assert grid_parts(rows, part_rows) == len(parts)
+    ends = sorted(data.draw(st.lists(st.integers(0, len(parts)), min_size=3, max_size=3)))
+    taken = [ends[0], ends[1] - ends[0], ends[2] - ends[1]]
+    stored = tiered(rows, part_rows, taken)
+    assert stored.stored == sum(parts[len(parts) - ends[2] :])
+    assert stored.device == sum(parts[len(parts) - ends[0] :])
+    assert split(stored, rows, part_rows) == taken
+
+
+@pytest.mark.parametrize("policy", ["solve", "memo", "ssdtrain"])
+def test_no_plan_cuts_elsewhere(policy: Policy) -> None:
+    """10,001 rows: 40 blocks of O and 5 tiles, the last of each cut short."""
+    whole = llama_8b(10_001, "tiled", layers=6)
+    linear = tuple(c.model_copy(update={"tile_rows": 2048}) for c in whole.kinds[0].linear)
+    kinds = (whole.kinds[0].model_copy(update={"linear": linear}),)
+    problem = with_device(whole.model_copy(update={"kinds": kinds}), 6 * 10**9)
+    placement = solve(problem).placement if policy == "solve" else fixed_policy(problem, policy)
+    cut = {"o": 0, "linear": 0}
+    for layer in placement.layers:
+        for name, rows, size in [("o", layer.o, 256), *(("linear", rows, 2048) for rows in layer.linear.values())]:
+            for first, _ in rows.spans(10_001).values():
+                assert first % size == 0
+                cut[name] += first > 0
+    assert policy != "solve" or cut["linear"]
 
 
 # The solver against everything
@@ -304,7 +339,7 @@ def evaluator_moves(plan: LayerPlan) -> bool:
 def whole_tensors(problem: PlanProblem) -> PlanProblem:
     """The same with one row, one block and one tile: tensors cannot be divided."""
     kinds = tuple(
-        kind.model_copy(update={"linear": tuple(c.model_copy(update={"tiles": 1}) for c in kind.linear)})
+        kind.model_copy(update={"linear": tuple(c.model_copy(update={"tile_rows": None}) for c in kind.linear)})
         for kind in problem.kinds
     )
     return problem.model_copy(update={"rows": 1, "kinds": kinds})

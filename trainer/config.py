@@ -125,7 +125,8 @@ class Parallel(Schema):
     """How many ranks, and what they share."""
 
     sp: int | Literal["auto"] = "auto"
-    """SP degree: ranks that share one sequence (Ulysses). `auto`: all ranks of the machine that the heads allow."""
+    """SP degree: ranks that share one sequence (Ulysses). `auto`: of those that ranks, heads and context allow, the one
+    that is predicted to take the fewest seconds per token."""
     dp: int | Literal["auto"] = "auto"
     """Groups of `sp` ranks that train on different sequences. `auto`: what is left after sp."""
     zero: Literal[0, 1, 2, 3, "auto"] = "auto"

@@ -52,6 +52,10 @@ class JobError(FarspanError, ValueError):
     exit_code = 2
 
 
+class NoProfile(JobError):
+    """The model has layers whose bytes and seconds are not counted: they have to be measured."""
+
+
 class DataError(FarspanError, ValueError):
     """The data cannot be trained on: missing, empty, too long, without a trained token, outside the vocabulary."""
 
