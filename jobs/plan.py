@@ -41,6 +41,8 @@ class Planned:
     """None under a fixed policy."""
     batch: str = ""
     """Sizes of a step, in words."""
+    tokens_per_step: int = 0
+    """Of all ranks together; 0 where nobody asked."""
 
     @property
     def next_best(self) -> Alternative | None:

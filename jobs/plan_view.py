@@ -10,10 +10,13 @@ from farspan.jobs.facts import hardware_of, machine_beside, model_facts
 from farspan.jobs.load import Loaded
 from farspan.jobs.plan import Planned, longest_context, plan, size
 from farspan.jobs.resolve import batch_chain, resolve
-from farspan.memory.plan import TIERS
+from farspan.memory.plan import TIERS, LayerPlan, Placement
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+PLACES = ("keep", *TIERS, "recompute")
+"""Where a row can be: with autograd, on a tier of the plan, or nowhere."""
 
 
 def plan_beside(loaded: Loaded, *, longest: bool) -> tuple[Planned, int | None]:
@@ -31,7 +34,9 @@ def plan_beside(loaded: Loaded, *, longest: bool) -> tuple[Planned, int | None]:
         raise DoesNotFit(
             problem.what, at=problem.at, why=problem.why, try_=f"{problem.try_}; the longest context is {tokens}"
         ) from None
-    return replace(planned, batch=batch_chain(resolved)), tokens
+    tokens_per_step = resolved.train.optim.tokens_per_step
+    assert isinstance(tokens_per_step, int)
+    return replace(planned, batch=batch_chain(resolved), tokens_per_step=tokens_per_step), tokens
 
 
 def show(planned: Planned, *, console: Console, longest_tokens: int | None = None) -> None:
@@ -59,7 +64,7 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
     times.add_column("part of a step")
     times.add_column("seconds", justify="right")
     times.add_column("share", justify="right")
-    for name, seconds in _parts(planned):
+    for name, seconds in part_rows(planned):
         if seconds > 0:
             times.add_row(name, f"{seconds:.3g}", f"{seconds / prediction.step_s:.1%}")
     times.add_row("[bold]step[/]", f"[bold]{prediction.step_s:.4g}[/]", "")
@@ -67,7 +72,7 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
 
     placed = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     placed.add_column("stored, share of all layers' rows")
-    for place in ("keep", *TIERS, "recompute"):
+    for place in PLACES:
         placed.add_column(place, justify="right")
     for name, share in placed_shares(planned).items():
         placed.add_row(name, *(f"{amount:.0%}" if amount else "" for amount in share.values()))
@@ -87,7 +92,8 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
         console.print(f"assumed, not measured: {', '.join(assumed)}", highlight=False)
 
 
-def _parts(planned: Planned) -> list[tuple[str, float]]:
+def part_rows(planned: Planned) -> list[tuple[str, float]]:
+    """(part of a step, seconds); they sum to the step."""
     parts = planned.prediction.parts
     return [
         ("forward, linear", parts.forward_s),
@@ -99,7 +105,7 @@ def _parts(planned: Planned) -> list[tuple[str, float]]:
         ("inner forwards", parts.inner_forward_s),
         ("loss head", parts.head_s),
         ("optimizer", parts.optimizer_s),
-        *((f"waiting for {lane}", seconds) for lane, seconds in parts.stall_s.items()),
+        *((f"waiting for {lane.replace('_', ' ')}", seconds) for lane, seconds in parts.stall_s.items()),
     ]
 
 
@@ -147,15 +153,19 @@ def placed_shares(planned: Planned) -> dict[str, dict[str, float]]:
     layers = placement.layers[placement.frozen_below :]
     names = ["x", "O", *dict.fromkeys(name for layer in layers for name in layer.linear)]
     for name in names:
-        share = dict.fromkeys(("keep", *TIERS, "recompute"), 0.0)
-        for layer in layers:
-            if layer.keep:
-                share["keep"] += 1
-                continue
-            rows = layer.x if name == "x" else layer.o if name == "O" else layer.linear.get(name)
-            whole = placement.attention_rows if name == "O" else placement.rows
-            for tier in TIERS:
-                share[tier] += rows.on(tier) / whole if rows else 0.0
-            share["recompute"] += 1 - (rows.stored / whole if rows else 0.0)
+        each = [layer_shares(placement, layer, name) for layer in layers]
+        share = {place: sum(one[place] for one in each) for place in PLACES}
         shares[name] = {place: amount / len(layers) for place, amount in share.items()}
     return shares
+
+
+def layer_shares(placement: Placement, layer: LayerPlan, name: str) -> dict[str, float]:
+    """Of one layer's tensor class the share of rows in each place."""
+    share = dict.fromkeys(PLACES, 0.0)
+    if layer.keep:
+        return share | {"keep": 1.0}
+    rows = layer.x if name == "x" else layer.o if name == "O" else layer.linear.get(name)
+    whole = placement.attention_rows if name == "O" else placement.rows
+    for tier in TIERS:
+        share[tier] = rows.on(tier) / whole if rows else 0.0
+    return share | {"recompute": 1 - sum(share.values())}
