@@ -15,6 +15,8 @@ from farspan.memory.plan import TIERS, LayerPlan, Placement
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from farspan.jobs.measured import Comparison
+
 PLACES = ("keep", *TIERS, "recompute")
 """Where a row can be: with autograd, on a tier of the plan, or nowhere."""
 
@@ -90,6 +92,23 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
     assumed = [name for name, source in planned.hardware.sources.items() if source.how == "assumed"]
     if assumed:
         console.print(f"assumed, not measured: {', '.join(assumed)}", highlight=False)
+
+
+def show_measured(found: Comparison, *, console: Console) -> None:
+    """The plan's table after a run: planned, measured, and how far off."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("planned", "measured", "off by"):
+        table.add_column(name, justify="right")
+    for title, unit, rows in found.tables:
+        table.add_row(f"[dim]{title}{', ' if unit else ''}{unit}[/]")
+        for row in rows:
+            table.add_row(f"  {row.what}", row.planned_text, row.measured_text, row.off_text)
+        table.add_section()
+    console.print(table)
 
 
 def part_rows(planned: Planned) -> list[tuple[str, float]]:

@@ -16,6 +16,7 @@ from farspan.errors import DataError, JobError, RunFailed
 from farspan.jobs import run as run_module
 from farspan.jobs.claim import Claim
 from farspan.jobs.facts import Machine
+from farspan.jobs.plan_file import read_plan
 from farspan.jobs.run import run
 from farspan.trainer.checkpoint_format import Manifest, write_manifest
 from farspan.trainer.run_folder import RunFolder, write_json
@@ -82,6 +83,8 @@ def test_a_run_from_python(world, job, tmp_path, capsys):
     folder = RunFolder(result.run_dir)
     assert SFTJob.model_validate_json(folder.job.read_text()) == job
     assert json.loads(folder.resolved.read_text())["parallel.sp"]["origin"] == "planner"
+    saved, train = read_plan(folder.plan), world.gang.train
+    assert (saved.prediction.step_s, saved.placement.keeps_everything) == (train.plan_step_s, train.placement is None)
     assert world.gang.train.tokens_dir == str(tmp_path / "tokens")
     assert json.loads((folder.root / "train_spec.json").read_text()) == world.gang.train.model_dump(mode="json")
     assert capsys.readouterr().out == ""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from farspan.jobs.measured import MISS
 from farspan.jobs.progress import clock, number, size, timed_parts
 from farspan.jobs.report.charts import MAX_POINTS, Chart, Kind, Series, thinned, trailing_mean
 from farspan.jobs.report.collect import RunFacts, collect, visible
@@ -66,6 +67,7 @@ def render(run: RunFacts) -> str:
         stalls=stall_totals(run.records),
         thinned=len(run.records) > MAX_POINTS,
         max_points=MAX_POINTS,
+        miss=MISS,
     )
 
 
