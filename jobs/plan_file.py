@@ -18,6 +18,7 @@ from farspan.memory.evaluate import Prediction, evaluate
 from farspan.memory.plan import Placement
 from farspan.memory.problem import PlanProblem
 from farspan.trainer.run_folder import write_json
+from farspan.trainer.trace import Span, add_process
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ def write_plan(path: Path, planned: Planned) -> None:
         "problem": planned.problem.model_dump(mode="json"),
     }
     write_json(path, to_json(planned) | replay)
+
+
+def write_plan_trace(path: Path, planned: Planned) -> None:
+    """Put the predicted lanes of one micro-batch, and the levels of device and host, into the run's trace."""
+    timeline = evaluate(planned.problem, planned.placement, timeline=True).timeline
+    assert timeline is not None
+    spans = [Span(i.lane.replace("_", " "), i.start_s, i.end_s, i.label, i.bytes) for i in timeline.intervals]
+    levels = {f"{tier} memory": getattr(timeline, tier) for tier in ("device", "host")}
+    add_process(path, "plan", spans, levels=levels)
 
 
 def read_plan(path: Path) -> SavedPlan:

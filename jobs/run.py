@@ -20,7 +20,7 @@ from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine, model_
 from farspan.jobs.load import Loaded
 from farspan.jobs.measured import compare, findings
 from farspan.jobs.origins import origins_in_python
-from farspan.jobs.plan_file import read_plan, write_plan
+from farspan.jobs.plan_file import read_plan, write_plan, write_plan_trace
 from farspan.jobs.plan_view import show_measured
 from farspan.jobs.resolve import Resolved, batch_chain, resolve
 from farspan.jobs.submit import anchored
@@ -194,6 +194,7 @@ def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved, planned: Plan
         folder.plan.unlink(missing_ok=True)  # of the run that is resumed
     else:
         write_plan(folder.plan, planned)
+        write_plan_trace(folder.trace, planned)
 
 
 def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Console) -> RunResult:

@@ -34,6 +34,11 @@ class RunFolder:
         return self.root / "plan.json"
 
     @property
+    def trace(self) -> Path:
+        """Predicted lanes of a micro-batch and measured ones of a step, for ui.perfetto.dev."""
+        return self.root / "trace.json"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
