@@ -7,19 +7,24 @@ placed. So a bad job costs a second and leaves no trace, and `--clean` deletes n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farspan.cluster.failure import RankFailure, out_of_memory
 from farspan.cluster.journal import Journal
-from farspan.errors import JobError
+from farspan.errors import FarspanError, JobError
 from farspan.jobs.claim import Claim
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine, model_facts
 from farspan.jobs.load import Loaded
 from farspan.jobs.measured import compare, findings
 from farspan.jobs.origins import origins_in_python
+from farspan.jobs.out_of_memory import Situation
+from farspan.jobs.out_of_memory import explain as explained
 from farspan.jobs.plan_file import read_plan, write_plan, write_plan_trace
 from farspan.jobs.plan_view import show_measured
 from farspan.jobs.resolve import Resolved, batch_chain, resolve
@@ -96,7 +101,11 @@ def run(
             _write_job(folder, job, resolved, planned)
             _say(console, "run", str(folder.root))
             _say(console, "batch", batch_chain(resolved))
-            return _train(folder, resolved, session, console)
+            explain: Callable[[RankFailure], FarspanError] = out_of_memory
+            if planned is not None:
+                free_bytes = shutil.disk_usage(folder.root).free
+                explain = partial(explained, Situation(job, facts, here, origins, resolved, planned, free_bytes))
+            return _train(folder, resolved, session, console, explain)
 
 
 def _with_plan(
@@ -197,7 +206,13 @@ def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved, planned: Plan
         write_plan_trace(folder.trace, planned)
 
 
-def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Console) -> RunResult:
+def _train(
+    folder: RunFolder,
+    resolved: Resolved,
+    session: Session,
+    console: Console,
+    explain: Callable[[RankFailure], FarspanError],
+) -> RunResult:
     from farspan.cluster.supervisor import supervise
     from farspan.jobs.progress import StepPrinter
 
@@ -208,7 +223,13 @@ def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Con
             printer.event(event["text"])
 
     try:
-        result = supervise(resolved.gang, session=session, on_record=printer.record, on_event=on_event)
+        result = supervise(
+            resolved.gang,
+            session=session,
+            on_record=printer.record,
+            on_event=on_event,
+            on_out_of_memory=explain,
+        )
     finally:
         printer.close()
         _compare(folder, console)

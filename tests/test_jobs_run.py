@@ -40,7 +40,7 @@ def world(monkeypatch, tmp_path):
     """A cluster, a tokeniser and a supervisor that note what they are asked; tests replace single answers."""
     asked = []
 
-    def supervise(gang, *, session, on_record, on_event):
+    def supervise(gang, *, session, on_record, on_event, on_out_of_memory):
         asked.append("supervise")
         on_event({"event": "running", "text": "training on 1 ranks"})
         on_event({"event": "failed", "text": "never shown twice"})
