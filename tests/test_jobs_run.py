@@ -204,5 +204,9 @@ def test_one_command_trains_and_the_name_is_taken(tmp_path):
     folder = RunFolder(tmp_path / "outputs" / "tiny")
     assert [path.name for path in folder.complete_checkpoints()] == ["step_2"]
     assert folder.report.exists()
+    assert read_plan(folder.plan).prediction.device_peak_bytes > 0
+    processes = {event["pid"] for event in json.loads(folder.trace.read_text())["traceEvents"] if event["ph"] == "X"}
+    assert processes == {1, 2}, "planned lanes, and those of the second step"
+    assert "part of a step, seconds" in first.stdout
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and "output folder of run tiny is in use" in again.stderr

@@ -224,6 +224,14 @@ def test_what_does_not_fit_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "does not fit" in text and "more than there is" in text
 
 
+def test_a_page_that_cannot_be_written_is_a_bad_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(tmp_path, layers=2, context="8k")
+    assert cli.main(["plan", str(tmp_path / "job.py"), "--html", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 4 and f"--html {tmp_path}" in told
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
 def test_neither_torch_nor_ray_nor_matplotlib_is_loaded(tmp_path: Path) -> None:
     made(tmp_path, layers=2, context="8k")
     code = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from farspan.errors import JobError
 from farspan.jobs.plan import Planned, size
 from farspan.jobs.plan_view import PLACES, layer_shares, part_rows, placed_shares, tier_rows
 from farspan.jobs.report.page import render_page, value_text
@@ -62,8 +63,19 @@ def write_plan_page(planned: Planned, path: Path, *, name: str, longest_tokens: 
     Args:
         name: of the job.
         longest_tokens: the longest context that fits, when it was asked for.
+
+    Raises:
+        JobError: nothing can be written there.
     """
-    write_atomically(path, render_plan(planned, name=name, longest_tokens=longest_tokens))
+    try:
+        write_atomically(path, render_plan(planned, name=name, longest_tokens=longest_tokens))
+    except OSError as problem:
+        raise JobError(
+            "the page cannot be written",
+            at=f"--html {path}",
+            why=problem.strerror or str(problem),
+            try_="the path of a file in a folder you can write to, as --html plan.html",
+        ) from None
 
 
 def render_plan(planned: Planned, *, name: str, longest_tokens: int | None = None) -> str:
