@@ -164,11 +164,12 @@ def changes(situation: Situation, tier: str) -> list[tuple[str, ...]]:
 
 def _planned_anew(situation: Situation, flags: tuple[str, ...], short: Shortage, limit_bytes: int) -> Cure | None:
     """The change with the plan it leads to; None when it contradicts the job, or no plan fits."""
+    same = f"parallel.sp={situation.resolved.train.mesh.sp}"  # one thing changes, not also what `auto` makes of it
     try:
-        job = _changed(situation.job, flags)
+        job = _changed(situation.job, (same, *flags))
         if job.memory.plan == "solve":
             flags = (*flags, f"memory.{short.tier}={_as_flag(limit_bytes)}")
-            job = _changed(situation.job, flags)
+            job = _changed(situation.job, (same, *flags))
         resolved = resolve(job, situation.facts, situation.machine, situation.origins)
         prediction = _prediction(job, resolved, situation, short.tier, limit_bytes)
     except (JobError, DoesNotFit):

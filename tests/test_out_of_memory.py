@@ -175,6 +175,15 @@ def test_more_than_any_change_gives_is_said_so() -> None:
     assert error.try_.startswith("nothing we know makes the plan need 3.9 TiB less")
 
 
+def test_sp_stays_as_it_was_where_it_was_automatic() -> None:
+    found = situation("16k", plan="keep")
+    auto = found.job.model_copy(update={"parallel": Parallel(dp=1)})
+    four = replace(found.machine, nodes=({"CPU": 4.0, "GPU": 4.0},))
+    told = cures(replace(found, job=auto, machine=four), shortage(on_cuda(3.0, 1.0), found))
+    assert {cure.ranks for cure in told} == {1, 2}
+    assert [cure.flags for cure in told if cure.ranks == 2] == [("parallel.sp=2",)]
+
+
 @pytest.mark.ray
 def test_a_run_ends_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
