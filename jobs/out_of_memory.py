@@ -32,8 +32,6 @@ UNKNOWN_SHARE = 0.15
 LEAST_SHARE = 0.05
 """Lower by this at least: the request that failed tells where memory ran out first, not how much more was to come."""
 TOLD = 3
-PLANNING_S = 3.0
-"""Longest search for one change's plan."""
 SMALL_MLP_TILE, SMALLEST_LOSS_TILE = 2048, 256
 DISK_SHARE = 0.8
 """Of the free disk a tier is offered this much."""
@@ -194,7 +192,7 @@ def _prediction(job: SFTJob, resolved: Resolved, situation: Situation, tier: str
     limits: dict[str, Any] = {f"{tier}_bytes": min(limit_bytes, share_bytes)}
     problem = problem.model_copy(update={"budgets": problem.budgets.model_copy(update=limits)})
     if job.memory.plan == "solve":
-        return solve(problem, time_limit_s=PLANNING_S).prediction
+        return solve(problem).prediction
     return evaluate(problem, fixed_policy(problem, job.memory.plan))
 
 

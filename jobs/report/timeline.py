@@ -208,7 +208,7 @@ def _bar(piece: _Piece, end_s: float) -> Bar:
     title = what if piece.layer < 0 else f"{what} of layer {piece.layer}"
     if piece.bytes:
         title += f": {size(piece.bytes)}"
-    name = f"layer {piece.layer}" if piece.bytes else what if piece.layer < 0 else f"{what} {piece.layer}"
+    name = f"layer {piece.layer}" if piece.bytes else piece.role if piece.layer < 0 else f"{what} {piece.layer}"
     title += f", {span_text(seconds)} from {span_text(piece.start_s)} on"
     return Bar(
         start=round(piece.start_s / end_s * EXTENT, 2),
