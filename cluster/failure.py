@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from farspan.errors import ClusterNotReady, FarspanError, PeerLost, RunFailed
+from farspan.errors import ClusterNotReady, FarspanError, OutOfMemory, PeerLost, RunFailed
 
 TAIL_LINES = 20
 TAIL_BYTES = 65536
@@ -24,6 +24,12 @@ _ABOUT_A_PEER = re.compile(
     r"|DistBackendError|DistNetworkError|DistStoreError|ncclRemoteError|ncclSystemError|unhandled system error"
     r"|timed out (waiting|after)|wait timeout|recvBytes|sendBytes|store.*(timeout|timed out)|gloo.*(timeout|timed out)",
     re.IGNORECASE,
+)
+
+_ON_THE_DEVICE = r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+_OF_MEMORY = re.compile(
+    rf"{_ON_THE_DEVICE}|^(\w+\.)*OutOfMemoryError\b|^(\w+\.)*\w*MemoryError\b|^bad_alloc|std::bad_alloc"
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|node ran low on memory"
 )
 
 
@@ -85,6 +91,18 @@ class RankFailure:
         """True when doing the same again must end the same way."""
         return self.error is not None and type(self.error) not in (RunFailed, ClusterNotReady, PeerLost)
 
+    @property
+    def of_memory(self) -> bool:
+        """True when the rank ended for want of memory: of its device, of the process, or of the node as Ray saw it."""
+        if isinstance(self.error, RunFailed):  # a thread of the offload store passes on what it met
+            return _OF_MEMORY.search(self.error.why) is not None
+        return self.kind in (Kind.RAISED, Kind.GONE) and _OF_MEMORY.search(self.detail) is not None
+
+    @property
+    def of_device_memory(self) -> bool:
+        """Of these, what CUDA refused."""
+        return self.of_memory and re.search(_ON_THE_DEVICE, self.detail) is not None
+
     def same_as(self, other: RankFailure | None) -> bool:
         """An ordinary exception that came back at the same place with the same words."""
         return (
@@ -92,6 +110,16 @@ class RankFailure:
             and self.kind is other.kind is Kind.RAISED
             and (self.step, self.phase, self.detail) == (other.step, other.phase, other.detail)
         )
+
+
+def out_of_memory(failure: RankFailure) -> OutOfMemory:
+    """The error of a rank that ended for want of memory, when there is no plan to compare with."""
+    return OutOfMemory(
+        f"out of memory: {failure.headline()}",
+        at=f"rank {failure.rank}, phase {failure.phase}, log {failure.log}",
+        why=failure.detail[:400],
+        try_="a shorter data.context, a higher parallel.sp, smaller memory.mlp_tile and memory.loss_tile",
+    )
 
 
 def raised_kind(summary: str, error: FarspanError | None) -> Kind:

@@ -2,7 +2,8 @@
 
 The whole policy is in `Supervisor.run`; how a rank's failure is recognised is in `gang`, which failure is the cause in
 `failure`. A failure always ends the whole gang: its ranks are in one collective. What a restart cannot cure is not
-retried: an error of ours, and an ordinary exception that comes back at the same step with the same words.
+retried: an error of ours, a want of memory, and an ordinary exception that comes back at the same step with the same
+words.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from farspan.cluster.config import GangSpec
-from farspan.cluster.failure import Kind, RankFailure, log_tail, root_cause
+from farspan.cluster.failure import Kind, RankFailure, log_tail, out_of_memory, root_cause
 from farspan.cluster.gang import DEFAULT_ENTRY, Gang, StartFailed
 from farspan.cluster.journal import Journal
 from farspan.cluster.placement import place
@@ -63,6 +64,7 @@ def supervise(
     session: Session,
     on_record: Callable[[dict[str, Any]], None] = lambda record: None,
     on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_out_of_memory: Callable[[RankFailure], FarspanError] = out_of_memory,
     entry: str = DEFAULT_ENTRY,
 ) -> Any:
     """Train with a gang of actors to the end, through failures.
@@ -73,6 +75,7 @@ def supervise(
         on_record: called with each step record of rank 0; steps done again after a restart come again.
         on_event: called with each event as it is appended to `events.jsonl`: `time`, `event`, `text`, `attempt`, and
             for a failure `rank`, `phase`, `log` and `log_tail`.
+        on_out_of_memory: makes the error that ends the run when a rank ran out of memory, the gang being gone by then.
         entry: `module:function` each rank calls with (spec, world, progress).
 
     Returns:
@@ -80,10 +83,11 @@ def supervise(
 
     Raises:
         ClusterNotReady: no room for the gang.
+        OutOfMemory: a rank ran out of memory; not tried again, since it would again.
         RunFailed: `max_failures` used up, or interrupted. The run folder can be resumed.
         FarspanError: raised by a rank; arrives as it is.
     """
-    return Supervisor(gang_spec, session, entry, on_record, on_event).run()
+    return Supervisor(gang_spec, session, entry, on_record, on_event, on_out_of_memory).run()
 
 
 class Supervisor:
@@ -96,7 +100,9 @@ class Supervisor:
         entry: str,
         on_record: Callable[[dict[str, Any]], None],
         on_event: Callable[[Mapping[str, Any]], None],
+        on_out_of_memory: Callable[[RankFailure], FarspanError],
     ) -> None:
+        self.on_out_of_memory = on_out_of_memory
         self.spec, self.session, self.entry, self.on_record = gang_spec, session, entry, on_record
         self.folder = RunFolder(Path(gang_spec.train.run_dir))
         self.journal = Journal(self.folder, on_event)
@@ -119,6 +125,8 @@ class Supervisor:
                         self._enter(State.FINISHED, f"finished after step {self.journal.step}")
                         self.journal.status("done")
                         return outcome
+                    if outcome.of_memory:
+                        raise self.on_out_of_memory(outcome)
                     if outcome.error is not None and outcome.deterministic:
                         raise outcome.error
                     if number == self.attempts or outcome.same_as(last):

@@ -64,11 +64,19 @@ def run(job: Job, overrides: Set = (), address: Address = None, resume: bool = F
     return 0
 
 
-def plan(job: Job, overrides: Set = (), json: bool = False, longest: bool = False, measure: bool = False) -> int:
+def plan(
+    job: Job,
+    overrides: Set = (),
+    json: bool = False,
+    longest: bool = False,
+    html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    measure: bool = False,
+) -> int:
     """Will it fit, how long does a step take, what is stored where; starts nothing. Exit code 3: does not fit.
 
     Args:
         json: Print one JSON object instead.
+        html: Write a page with the tables, the timeline of a micro-batch and memory over time, too.
         longest: Find the longest context that fits, too.
         measure: Measure a layer of each kind of the model and the lanes of this machine first; later plans use it.
     """
@@ -78,7 +86,12 @@ def plan(job: Job, overrides: Set = (), json: bool = False, longest: bool = Fals
     from farspan.jobs.plan_view import plan_beside, show
     from farspan.jobs.plan_view import to_json as plan_json
 
-    planned, tokens = plan_beside(load(job, overrides), longest=longest, measure=measure)
+    loaded = load(job, overrides)
+    planned, tokens = plan_beside(loaded, longest=longest, measure=measure)
+    if html is not None:
+        from farspan.jobs.report.plan_page import write_plan_page
+
+        write_plan_page(planned, html, name=loaded.job.name, longest_tokens=tokens)
     if json:
         print(to_json(plan_json(planned, longest_tokens=tokens), indent=2))
     else:

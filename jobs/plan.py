@@ -46,6 +46,8 @@ class Planned:
     """What was measured on this machine; None: planned with analytic figures alone."""
     batch: str = ""
     """Sizes of a step, in words."""
+    tokens_per_step: int = 0
+    """Of all ranks together; 0 where nobody asked."""
 
     @property
     def next_best(self) -> Alternative | None:

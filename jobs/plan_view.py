@@ -13,10 +13,15 @@ from farspan.jobs.load import Loaded
 from farspan.jobs.mesh import by_prediction
 from farspan.jobs.plan import Planned, longest_context, plan, shape_of, size, training_of
 from farspan.jobs.resolve import batch_chain, mesh_reason, resolve
-from farspan.memory.plan import TIERS
+from farspan.memory.plan import TIERS, LayerPlan, Placement
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from farspan.jobs.measured import Comparison
+
+PLACES = ("keep", *TIERS, "recompute")
+"""Where a row can be: with autograd, on a tier of the plan, or nowhere."""
 
 
 def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tuple[Planned, int | None]:
@@ -55,7 +60,10 @@ def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tupl
         raise DoesNotFit(
             problem.what, at=problem.at, why=problem.why, try_=f"{problem.try_}; the longest context is {tokens}"
         ) from None
-    return replace(planned, batch="\n".join([batch_chain(resolved), *mesh_reason(resolved)])), tokens
+    tokens_per_step = resolved.train.optim.tokens_per_step
+    assert isinstance(tokens_per_step, int)
+    batch = "\n".join([batch_chain(resolved), *mesh_reason(resolved)])
+    return replace(planned, batch=batch, tokens_per_step=tokens_per_step), tokens
 
 
 def show(planned: Planned, *, console: Console, longest_tokens: int | None = None) -> None:
@@ -83,7 +91,7 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
     times.add_column("part of a step")
     times.add_column("seconds", justify="right")
     times.add_column("share", justify="right")
-    for name, seconds in _parts(planned):
+    for name, seconds in part_rows(planned):
         if seconds > 0:
             times.add_row(name, f"{seconds:.3g}", f"{seconds / prediction.step_s:.1%}")
     times.add_row("[bold]step[/]", f"[bold]{prediction.step_s:.4g}[/]", "")
@@ -91,7 +99,7 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
 
     placed = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     placed.add_column("stored, share of all layers' rows")
-    for place in ("keep", *TIERS, "recompute"):
+    for place in PLACES:
         placed.add_column(place, justify="right")
     for name, share in placed_shares(planned).items():
         placed.add_row(name, *(f"{amount:.0%}" if amount else "" for amount in share.values()))
@@ -112,7 +120,25 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
             console.print(f"{how}: {', '.join(names)}", highlight=False)
 
 
-def _parts(planned: Planned) -> list[tuple[str, float]]:
+def show_measured(found: Comparison, *, console: Console) -> None:
+    """The plan's table after a run: planned, measured, and how far off."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("planned", "measured", "off by"):
+        table.add_column(name, justify="right")
+    for title, unit, rows in found.tables:
+        table.add_row(f"[dim]{title}{', ' if unit else ''}{unit}[/]")
+        for row in rows:
+            table.add_row(f"  {row.what}", row.planned_text, row.measured_text, row.off_text)
+        table.add_section()
+    console.print(table)
+
+
+def part_rows(planned: Planned) -> list[tuple[str, float]]:
+    """(part of a step, seconds); they sum to the step."""
     parts = planned.prediction.parts
     return [
         ("forward, linear", parts.forward_s),
@@ -124,7 +150,7 @@ def _parts(planned: Planned) -> list[tuple[str, float]]:
         ("inner forwards", parts.inner_forward_s),
         ("loss head", parts.head_s),
         ("optimizer", parts.optimizer_s),
-        *((f"waiting for {lane}", seconds) for lane, seconds in parts.stall_s.items()),
+        *((f"waiting for {lane.replace('_', ' ')}", seconds) for lane, seconds in parts.stall_s.items()),
     ]
 
 
@@ -144,6 +170,7 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "device_peak_at": prediction.device_peak_at,
         "host_bytes": prediction.host_bytes,
         "disk_bytes": prediction.disk_bytes,
+        "moved_bytes": prediction.moved_bytes,
         "budgets": planned.problem.budgets.model_dump(mode="json"),
         "bottleneck": solution.bottleneck if solution else None,
         "gap": solution.gap if solution else None,
@@ -172,15 +199,19 @@ def placed_shares(planned: Planned) -> dict[str, dict[str, float]]:
     layers = placement.layers[placement.frozen_below :]
     names = ["x", "O", *dict.fromkeys(name for layer in layers for name in layer.linear)]
     for name in names:
-        share = dict.fromkeys(("keep", *TIERS, "recompute"), 0.0)
-        for layer in layers:
-            if layer.keep:
-                share["keep"] += 1
-                continue
-            rows = layer.x if name == "x" else layer.o if name == "O" else layer.linear.get(name)
-            whole = placement.attention_rows if name == "O" else placement.rows
-            for tier in TIERS:
-                share[tier] += rows.on(tier) / whole if rows else 0.0
-            share["recompute"] += 1 - (rows.stored / whole if rows else 0.0)
+        each = [layer_shares(placement, layer, name) for layer in layers]
+        share = {place: sum(one[place] for one in each) for place in PLACES}
         shares[name] = {place: amount / len(layers) for place, amount in share.items()}
     return shares
+
+
+def layer_shares(placement: Placement, layer: LayerPlan, name: str) -> dict[str, float]:
+    """Of one layer's tensor class the share of rows in each place."""
+    share = dict.fromkeys(PLACES, 0.0)
+    if layer.keep:
+        return share | {"keep": 1.0}
+    rows = layer.x if name == "x" else layer.o if name == "O" else layer.linear.get(name)
+    whole = placement.attention_rows if name == "O" else placement.rows
+    for tier in TIERS:
+        share[tier] = rows.on(tier) / whole if rows else 0.0
+    return share | {"recompute": 1 - sum(share.values())}

@@ -7,18 +7,27 @@ placed. So a bad job costs a second and leaves no trace, and `--clean` deletes n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farspan.errors import JobError
+from farspan.cluster.failure import RankFailure, out_of_memory
+from farspan.cluster.journal import Journal
+from farspan.errors import FarspanError, JobError
 from farspan.jobs.claim import Claim
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine, model_facts
 from farspan.jobs.load import Loaded
+from farspan.jobs.measured import compare, findings
+from farspan.jobs.mesh import by_prediction
 from farspan.jobs.origins import origins_in_python
+from farspan.jobs.out_of_memory import Situation
+from farspan.jobs.out_of_memory import explain as explained
+from farspan.jobs.plan_file import read_plan, write_plan, write_plan_trace
+from farspan.jobs.plan_view import show_measured
 from farspan.jobs.resolve import Resolved, batch_chain, mesh_reason, resolve
 from farspan.jobs.submit import anchored
 from farspan.memory.plan import checkpoint_every_layer, keep_everything
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from farspan.cluster.session import Session
+    from farspan.jobs.plan import Planned
     from farspan.memory.calibration import Calibration
     from farspan.memory.hardware import Hardware
     from farspan.trainer.world import TrainResult
@@ -80,33 +90,38 @@ def run(
     resolve(job, facts, _ONE_RANK, origins)
     with Claim(folder, resume=resume, clean=clean) as claim:
         from farspan.cluster.session import connect
-        from farspan.jobs.mesh import by_prediction
 
         with connect(address) as session:
             _say(console, "ray", "on this machine" if session.local else session.address)
             here = machine(wait_s=job.cluster.wait_s)
             resolved = resolve(job, facts, here, origins, by_prediction(job, facts, here))
-            resolved = _with_plan(resolved, job, facts, here, console)
+            resolved, planned = _with_plan(resolved, job, facts, here, console)
             _check_room(resolved, session)
             if resume:
                 _check_resume(folder, resolved, console)
             resolved = _with_tokens(resolved, console)
             claim.take()
-            _write_job(folder, job, resolved)
+            _write_job(folder, job, resolved, planned)
             _say(console, "run", str(folder.root))
             _say(console, "batch", batch_chain(resolved))
             for why in mesh_reason(resolved):
                 _say(console, "mesh", why)
-            return _train(folder, resolved, session, console)
+            explain: Callable[[RankFailure], FarspanError] = out_of_memory
+            if planned is not None:
+                free_bytes = shutil.disk_usage(folder.root).free
+                explain = partial(explained, Situation(job, facts, here, origins, resolved, planned, free_bytes))
+            return _train(folder, resolved, session, console, explain)
 
 
-def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine, console: Console) -> Resolved:
-    """Plan the memory of a step, refuse what does not fit, and say what was decided."""
+def _with_plan(
+    resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine, console: Console
+) -> tuple[Resolved, Planned | None]:
+    """Plan the memory of a step, refuse what does not fit, and say what was decided; None: there is no prediction."""
     from farspan.jobs.plan import plan, require_fit, size
 
     gang = resolved.gang
     if facts.experts > 1:
-        return _unpredicted(resolved, job, facts, console)
+        return _unpredicted(resolved, job, facts, console), None
     hardware = hardware_of(job, here, ranks=gang.world_size, use_gpu=gang.use_gpu)
     calibration = _calibration(resolved, job, facts, hardware, here, console)
     planned = plan(job, resolved.train, facts, hardware, calibration)
@@ -115,13 +130,14 @@ def _with_plan(resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine
     need, have = planned.prediction.device_peak_bytes, planned.problem.budgets.device_bytes
     why = f"{kind}: needs {size(need)} of {size(have)} on the device"
     _say(console, "plan", why)
-    return resolved.with_plan(
+    told = resolved.with_plan(
         planned.placement,
         planned.tiers(job),
         why,
         step_s=planned.prediction.step_s,
         device_peak_bytes=need,
     )
+    return told, planned
 
 
 def _calibration(
@@ -206,13 +222,24 @@ def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
     return resolved.with_tokens(str(tokens_dir))
 
 
-def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved) -> None:
+def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved, planned: Planned | None) -> None:
     write_json(folder.job, job.model_dump(mode="json"))
     write_json(folder.resolved, resolved.to_json())
     write_json(folder.root / "train_spec.json", resolved.train.model_dump(mode="json"))
+    if planned is None:
+        folder.plan.unlink(missing_ok=True)  # of the run that is resumed
+    else:
+        write_plan(folder.plan, planned)
+        write_plan_trace(folder.trace, planned)
 
 
-def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Console) -> RunResult:
+def _train(
+    folder: RunFolder,
+    resolved: Resolved,
+    session: Session,
+    console: Console,
+    explain: Callable[[RankFailure], FarspanError],
+) -> RunResult:
     from farspan.cluster.supervisor import supervise
     from farspan.jobs.progress import StepPrinter
 
@@ -223,9 +250,16 @@ def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Con
             printer.event(event["text"])
 
     try:
-        result = supervise(resolved.gang, session=session, on_record=printer.record, on_event=on_event)
+        result = supervise(
+            resolved.gang,
+            session=session,
+            on_record=printer.record,
+            on_event=on_event,
+            on_out_of_memory=explain,
+        )
     finally:
         printer.close()
+        _compare(folder, console)
         _report(folder, console)
     _say(console, "done:", _summary(result))
     return RunResult(
@@ -234,6 +268,19 @@ def _train(folder: RunFolder, resolved: Resolved, session: Session, console: Con
         metrics=result.last_record,
         checkpoint=Path(result.checkpoint) if result.checkpoint else None,
     )
+
+
+def _compare(folder: RunFolder, console: Console) -> None:
+    """The plan's table with what was measured, and as an event what the plan got wrong."""
+    records = read_metrics(folder.metrics)
+    if not records or not folder.plan.exists():
+        return
+    show_measured(compare(read_plan(folder.plan), records), console=console)
+    journal = Journal(folder, on_event=lambda event: _say(console, "finding", event["text"]))
+    journal.attempt = records[-1].get("attempt", 0)
+    for found in findings(records):
+        more = {"quantity": found.quantity, "planned": found.planned, "measured": found.measured}
+        journal.event("finding", found.text, **more)
 
 
 def _report(folder: RunFolder, console: Console) -> None:

@@ -159,6 +159,7 @@ class Walk:
         self.picture = picture
         self.intervals: list[tuple[Lane, float, float, str, int, int]] = []
         self.series: list[tuple[float, int]] = []
+        self.running, self.ran_until_s = 0, 0.0
         accumulates = self.problem.micro_batches > 1
         self.gradients = 0 if accumulates else 1
         self.device += evaluator.gradient_bytes if accumulates else 0
@@ -182,8 +183,10 @@ class Walk:
         """Runs one piece of compute; `working` bytes live as long as it does. The caller books what `more_s` is for."""
         while self.left < len(self.leaving) and self.leaving[self.left][0] <= self.now_s:
             self.device -= self.leaving[self.left][1]
-            if self.picture:
-                self.series.append((self.leaving[self.left][0], self.device))
+            if self.picture:  # a copy may end while a piece of compute still has its working memory
+                left_s, left_bytes = self.leaving[self.left]
+                self.running -= left_bytes
+                self.series.append((left_s, self.running if left_s < self.ran_until_s else self.device))
             self.left += 1
         if self.device + working > self.peak:
             self.peak, self.peak_at = self.device + working, (what, layer)
@@ -191,6 +194,7 @@ class Walk:
         end_s = self.now_s + seconds + more_s
         if self.picture:
             self.series += [(self.now_s, self.device + working), (end_s, self.device)]
+            self.running, self.ran_until_s = self.device + working, end_s
             self.intervals.append(("compute", self.now_s, end_s, what, layer, 0))
         self.now_s = end_s
 

@@ -138,6 +138,24 @@ def bad_job(spec: TrainSpec, world: World, progress: Progress) -> Result:
     raise JobError("the vocabulary does not match", at="model.vocab", why="300 < 400", try_="--set model.vocab=400")
 
 
+def no_memory(spec: TrainSpec, world: World, progress: Progress) -> Result:
+    """The last rank asks torch for more than there is; the others go on to wait for it."""
+    progress.phase("load", planned_s=120.0)
+    import torch
+
+    _steps(spec, world, progress, 2)
+    progress.phase("backward", planned_s=120.0)
+    if world.rank == world.world_size - 1:
+        torch.empty(1 << 45, dtype=torch.uint8)
+    time.sleep(60)
+    return _result(world)
+
+
+def no_memory_in_python(spec: TrainSpec, world: World, progress: Progress) -> Result:
+    progress.phase("data")
+    raise MemoryError
+
+
 def same_defect(spec: TrainSpec, world: World, progress: Progress) -> Result:
     progress.phase("forward")
     raise TypeError("unsupported operand")

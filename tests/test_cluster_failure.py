@@ -48,6 +48,47 @@ def test_other_errors_are_causes(summary: str) -> None:
     assert raised_kind(summary, None) is Kind.RAISED
 
 
+ON_CUDA = (
+    "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 512.00 MiB is free. Including non-PyTorch memory, this process has 78.59 GiB memory in use."
+)
+OF_MEMORY = [
+    ON_CUDA,
+    "torch.cuda.OutOfMemoryError: CUDA out of memory.",
+    "AcceleratorError: CUDA error: out of memory",
+    "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+    "to allocate 35184372088832 bytes. Error code 12 (Cannot allocate memory)",
+    "MemoryError:",
+    "_ArrayMemoryError: Unable to allocate 8.00 GiB for an array with shape (1073741824,) and data type float64",
+    "numpy.exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB",
+]
+
+
+@pytest.mark.parametrize("detail", OF_MEMORY)
+def test_a_want_of_memory_is_seen_for_what_it_is(detail: str) -> None:
+    assert failure(0, Kind.RAISED, detail=detail).of_memory
+    assert raised_kind(detail, None) is Kind.RAISED
+    passed_on = RunFailed("a worker failed", at="copy_out", why=detail, try_="d")
+    assert failure(0, Kind.OURS, error=passed_on).of_memory
+    assert not failure(0, Kind.SYMPTOM, detail=detail).of_memory
+    assert failure(0, Kind.RAISED, detail=detail).of_device_memory == ("CUDA" in detail)
+
+
+def test_a_process_ended_by_ray_for_memory_wants_memory_and_a_killed_one_may_not() -> None:
+    by_ray = how_it_ended(7, "Task was killed due to the node running low on memory.", [])
+    assert failure(0, Kind.GONE, detail=by_ray).of_memory
+    assert not failure(0, Kind.GONE, detail=how_it_ended(7, "", [])).of_memory
+
+
+@pytest.mark.parametrize(
+    "detail", ["KeyError: 'MemoryError'", "RuntimeError: no memory of that", "ValueError: OutOfMemoryError", *SYMPTOMS]
+)
+def test_other_errors_want_no_memory(detail: str) -> None:
+    assert not failure(0, Kind.RAISED, detail=detail).of_memory
+    refused = DataError("what", at="at", why="MemoryError", try_="try")
+    assert not failure(0, Kind.OURS, error=refused).of_memory
+
+
 def test_the_rank_that_died_is_named_and_not_the_ranks_it_took_along() -> None:
     symptoms = [failure(rank, Kind.SYMPTOM) for rank in (0, 2, 3)]
     assert root_cause([*symptoms, failure(1, Kind.GONE)]).rank == 1

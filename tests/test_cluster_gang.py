@@ -23,7 +23,7 @@ from farspan.cluster.package import package_root
 from farspan.cluster.session import Session, connect
 from farspan.cluster.supervisor import supervise
 from farspan.cluster.tokenise import map_tasks
-from farspan.errors import ClusterNotReady, DataError, FarspanError, JobError, RunFailed
+from farspan.errors import ClusterNotReady, DataError, FarspanError, JobError, OutOfMemory, RunFailed
 from farspan.trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
@@ -150,6 +150,20 @@ def test_our_own_errors_arrive_as_they_are_and_are_not_retried(session: Session,
     assert len(str(run.error).splitlines()) == 4
     assert "300 < 400" in str(run.error)
     assert run.text("restarting") == ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "phase", "why"),
+    [("no_memory", "backward", "can't allocate memory"), ("no_memory_in_python", "data", "MemoryError")],
+)
+def test_a_want_of_memory_is_not_tried_again(
+    session: Session, tmp_path: Path, entry: str, phase: str, why: str
+) -> None:
+    run = Run(session, tmp_path, entry, max_failures=3)
+    assert type(run.error) is OutOfMemory and run.error.exit_code == 3
+    assert len(str(run.error).splitlines()) == 4
+    assert f"failed in {phase}" in run.error.what and why in run.error.why
+    assert run.text("restarting") == "" and run.status["status"] == "failed"
 
 
 def test_the_same_defect_twice_ends_the_run(session: Session, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from farspan.errors import DataError, JobError, RunFailed
 from farspan.jobs import run as run_module
 from farspan.jobs.claim import Claim
 from farspan.jobs.facts import Machine
+from farspan.jobs.plan_file import read_plan
 from farspan.jobs.run import run
 from farspan.trainer.checkpoint_format import Manifest, write_manifest
 from farspan.trainer.run_folder import RunFolder, write_json
@@ -40,7 +41,7 @@ def world(monkeypatch, tmp_path):
     """A cluster, a tokeniser and a supervisor that note what they are asked; tests replace single answers."""
     asked = []
 
-    def supervise(gang, *, session, on_record, on_event):
+    def supervise(gang, *, session, on_record, on_event, on_out_of_memory):
         asked.append("supervise")
         on_event({"event": "running", "text": "training on 1 ranks"})
         on_event({"event": "failed", "text": "never shown twice"})
@@ -83,6 +84,8 @@ def test_a_run_from_python(world, job, tmp_path, capsys):
     folder = RunFolder(result.run_dir)
     assert SFTJob.model_validate_json(folder.job.read_text()) == job
     assert json.loads(folder.resolved.read_text())["parallel.sp"]["origin"] == "planner"
+    saved, train = read_plan(folder.plan), world.gang.train
+    assert (saved.prediction.step_s, saved.placement.keeps_everything) == (train.plan_step_s, train.placement is None)
     assert world.gang.train.tokens_dir == str(tmp_path / "tokens")
     assert json.loads((folder.root / "train_spec.json").read_text()) == world.gang.train.model_dump(mode="json")
     assert capsys.readouterr().out == ""
@@ -203,5 +206,9 @@ def test_one_command_trains_and_the_name_is_taken(tmp_path):
     folder = RunFolder(tmp_path / "outputs" / "tiny")
     assert [path.name for path in folder.complete_checkpoints()] == ["step_2"]
     assert folder.report.exists()
+    assert read_plan(folder.plan).prediction.device_peak_bytes > 0
+    processes = {event["pid"] for event in json.loads(folder.trace.read_text())["traceEvents"] if event["ph"] == "X"}
+    assert processes == {1, 2}, "planned lanes, and those of the second step"
+    assert "part of a step, seconds" in first.stdout
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and "output folder of run tiny is in use" in again.stderr

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from report_sample import HOSTILE, UNIGRAM, iso, step_record, write_sample
 
 from farspan.errors import JobError
-from farspan.jobs.report.build import embedded, headline, part_totals, value_text, write_report
+from farspan.jobs.report.build import headline, part_totals, write_report
 from farspan.jobs.report.charts import EXTENT, Chart, Series, thinned, ticks, trailing_mean
 from farspan.jobs.report.collect import collect, visible
+from farspan.jobs.report.page import embedded, value_text
 from farspan.trainer.run_folder import RunFolder, read_metrics, write_json
 
 FINITE = st.floats(-1e9, 1e9)
@@ -159,6 +160,7 @@ def test_ticks_are_round_evenly_spaced_and_inside(low: float, span: float, about
 
 
 @given(st.lists(st.none() | FINITE, min_size=1, max_size=40), st.booleans())
+@example([5e-324], True)
 def test_curves_stay_inside_the_plot_and_break_at_gaps(values: list[float | None], from_zero: bool) -> None:
     values = [None if value is None else abs(value) for value in values] if from_zero else values
     xs = [float(x) for x in range(len(values))]

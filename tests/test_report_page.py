@@ -3,13 +3,12 @@ requested and nothing hostile runs. The oracle for every value is `metrics.jsonl
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import chromium, fits_and_follows, opened, seen_as
 from report_sample import HOSTILE, UNIGRAM, write_sample
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -21,32 +20,13 @@ from farspan.jobs.progress import timed_parts
 from farspan.jobs.report.build import write_report
 from farspan.trainer.run_folder import RunFolder, read_metrics
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,1000",
-)
 CHARTS = ("loss", "tokens_per_s", "parts", "memory", "stalls", "grad_norm", "lr")
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium and chromedriver, "the packages chromium and chromium-driver are missing: make browser"
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture
 def page(driver: webdriver.Chrome, run: RunFolder) -> Iterator[webdriver.Chrome]:
-    """The page, opened; afterwards: no console message, no request but the file, nothing hostile has run."""
-    driver.get_log("performance")
-    driver.get(run.report.as_uri())
-    yield driver
-    assert driver.get_log("browser") == []
-    here = run.report.as_uri()
-    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    # By document: the browser's own start page may still be loading when the first test begins.
-    asked = {request["request"]["url"].partition("#")[0] for request in sent if request["documentURL"].startswith(here)}
-    assert asked == {here} and driver.current_url.startswith(here)
-    assert driver.execute_script("return window.pwned") is None
-    assert driver.find_elements(By.CSS_SELECTOR, "img, iframe, object, link, script[src]") == []
+    with opened(driver, run.report) as page:
+        yield page
 
 
 def plot(page: webdriver.Chrome, chart: str) -> WebElement:
@@ -237,20 +206,8 @@ def test_injected_script_is_stopped_by_the_policy_too(page: webdriver.Chrome) ->
 @pytest.mark.parametrize("width", [360, 700, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_the_window_and_follows_the_colour_scheme(page: webdriver.Chrome, width: int, scheme: str) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    try:
-        assert page.execute_script("return document.documentElement.scrollWidth") <= width
-        paper, ink = page.execute_script(
-            "const s = getComputedStyle(document.documentElement);"
-            "return [s.backgroundColor, s.color].map((c) => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b))"
-        )
-        assert (paper > ink) == (scheme == "light")
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    with seen_as(page, width, scheme):
+        assert fits_and_follows(page, width, scheme)
 
 
 def test_without_javascript_curves_and_tables_are_there(driver: webdriver.Chrome, run: RunFolder) -> None:

@@ -1,7 +1,8 @@
 """The run folder: every path a run writes, in one place, and the atomic way to write a small file.
 
-outputs/<name>/{job.json, resolved.json, metrics.jsonl, events.jsonl, status.json, logs/attempt_<n>/<role>-<rank>.log,
-                checkpoints/step_<n>/{manifest.json, state/, export/}, base_model/, tensorboard/, report.html}
+outputs/<name>/{job.json, resolved.json, plan.json, trace.json, metrics.jsonl, events.jsonl, status.json,
+                logs/attempt_<n>/<role>-<rank>.log, checkpoints/step_<n>/{manifest.json, state/, export/},
+                base_model/, tensorboard/, report.html}
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ class RunFolder:
     @property
     def resolved(self) -> Path:
         return self.root / "resolved.json"
+
+    @property
+    def plan(self) -> Path:
+        """The memory plan with the problem it solves, so that it can be walked again."""
+        return self.root / "plan.json"
+
+    @property
+    def trace(self) -> Path:
+        """Predicted lanes of a micro-batch and measured ones of a step, for ui.perfetto.dev."""
+        return self.root / "trace.json"
 
     @property
     def metrics(self) -> Path:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from farspan.errors import NonFinite
+from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
 from farspan.trainer.batch import rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
@@ -32,6 +33,7 @@ from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.self_test import check_rebuilding
+from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
 
@@ -104,9 +106,10 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """The job, from where it stands to its last step."""
-        spec = self.spec
-        for step in range(self.position["step"] + 1, spec.optim.steps + 1):
+        spec, first = self.spec, self.position["step"] + 1
+        for step in range(first, spec.optim.steps + 1):
             last = step == spec.optim.steps
+            self.clock.spans = [] if step == first + 1 and self.grid.rank == 0 else None
             self.memory.reset()
             started = time.perf_counter()
             record = self._first_step(step) if self._is_first(step) else self.train_step(step)
@@ -243,12 +246,17 @@ class Trainer:
             "time": time.time(),
             **self.memory.read(),
         }
+        intervals: tuple[Interval, ...] = ()
         if self.tiers is not None:
             moved = self.tiers.statistics(restart=True)
+            intervals = moved.intervals
             record["stall_s"] |= moved.stall_s
             record["disk_bytes"] = moved.moved_bytes["disk_write"]
             record["moved_bytes"] = dict(moved.moved_bytes)
             record["tier_peak_bytes"] = dict(moved.peak_bytes)
+        if self.clock.spans is not None:
+            lanes = [Span(i.lane.replace("_", " "), i.start_s, i.end_s, i.label, i.bytes) for i in intervals]
+            add_process(self.folder.trace, "measured", [*self.clock.spans, *lanes], begin_s=started)
         if self.writer is not None:
             self.writer.write(record)
             self.record = record
@@ -295,6 +303,8 @@ class PartClock:
         self.progress = progress
         self.parts_s: dict[str, float] = {}
         self.longest_s: dict[str, float] = {}
+        self.spans: list[Span] | None = None
+        """Every part as it happened, where somebody wants to see it; None: nobody does."""
 
     @contextmanager
     def part(self, name: str, *, planned_s: float | None = None) -> Iterator[None]:
@@ -304,7 +314,10 @@ class PartClock:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - started
+            ended = time.perf_counter()
+            seconds = ended - started
+            if self.spans is not None:
+                self.spans.append(Span("compute", started, ended, name))
             self.parts_s[name] = self.parts_s.get(name, 0.0) + seconds
             self.longest_s[name] = max(self.longest_s.get(name, 0.0), seconds)
 

@@ -1,28 +1,22 @@
 """Makes `report.html`: what the run did, on one page that asks nothing of the network.
 
-The page is a Jinja2 template with its style and script inlined; the plots are SVG drawn in `charts.py`, so everything
-but hovering, zooming and hiding works without JavaScript. Texts of the run are hostile until shown otherwise: the
-template escapes them, the embedded JSON cannot close its own element, and a content security policy lets only the
-one script run whose hash it names and forbids every request.
+The plots are SVG drawn in `charts.py`, so everything but hovering, zooming and hiding works without JavaScript. `page`
+makes the file and keeps hostile texts harmless.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from farspan.jobs.measured import MISS
 from farspan.jobs.progress import clock, number, size, timed_parts
-from farspan.jobs.report.charts import EXTENT, MAX_POINTS, Chart, Kind, Series, thinned, trailing_mean
+from farspan.jobs.report.charts import MAX_POINTS, Chart, Kind, Series, thinned, trailing_mean
 from farspan.jobs.report.collect import RunFacts, collect, visible
+from farspan.jobs.report.page import render_page, value_text
 from farspan.trainer.metrics import PARTS
 from farspan.trainer.run_folder import RunFolder, write_atomically
 
@@ -56,19 +50,13 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunFacts) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("farspan.jobs", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"size": size, "value": value_text}
-    here = Path(__file__).parent
-    style, script = ((here / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     charts = make_charts(run)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("template.html").render(
+    return render_page(
+        "template.html",
+        styles=("report.css",),
+        script="report.js",
+        data={"charts": [chart.data() for chart in charts], "marks": [x for x, _ in run.restarts]},
+        title=run.name,
         run=run,
         headline=headline(run),
         numbers=key_numbers(run),
@@ -77,23 +65,10 @@ def render(run: RunFacts) -> str:
         position=lambda chart, x: _percent(x, chart.x_domain),
         parts=part_totals(run.records),
         stalls=stall_totals(run.records),
-        extent=EXTENT,
         thinned=len(run.records) > MAX_POINTS,
         max_points=MAX_POINTS,
-        style=style,
-        script=script,
-        script_hash=f"sha256-{digest}",
-        data=embedded({"charts": [chart.data() for chart in charts], "marks": [x for x, _ in run.restarts]}),
-        written=datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        miss=MISS,
     )
-
-
-def embedded(value: Any) -> str:
-    """JSON that may stand inside a script element: no character in it can end the element or open another."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def make_charts(run: RunFacts) -> list[Chart]:
@@ -246,17 +221,6 @@ def stall_totals(records: Records) -> list[tuple[str, float, float, int]]:
     split = _split_stalls(records)
     causes = {cause for stalls in split for cause in stalls}
     return _shares(_totals(split, causes), lambda _: 7, of=_total(records, "step_s"))
-
-
-def value_text(value: float | None) -> str:
-    """Three or four digits, as the page's script prints them too."""
-    if value is None:
-        return "–"
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa}e{int(exponent)}"
-    power = math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{max(0, 3 - power) if power >= 0 else 2 - power}f}"
 
 
 def _shares(

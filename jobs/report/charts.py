@@ -65,6 +65,9 @@ class Chart:
     wide: bool = False
     steps: tuple[float, float] | None = None
     """First and last step of the run; None: of these series."""
+    x_unit: str = "step"
+    headroom: float = 0.06
+    """Share of the values' height left free above them."""
     curves: list[Curve] = field(init=False)
     x_ticks: list[Tick] = field(init=False)
     y_ticks: list[Tick] = field(init=False)
@@ -72,8 +75,8 @@ class Chart:
 
     def __post_init__(self) -> None:
         self.x_domain = self.steps if self.steps and self.steps[0] < self.steps[1] else x_domain(self.series)
-        y_low, y_high = y_domain(self.series, self.from_zero)
-        self.x_ticks = ticks(*self.x_domain, 6, whole=True)
+        y_low, y_high = y_domain(self.series, self.from_zero, self.headroom)
+        self.x_ticks = ticks(*self.x_domain, 6, whole=self.x_unit == "step")
         self.y_ticks = ticks(y_low, y_high, 4)
         self.curves = draw(self.series, self.x_domain, (y_low, y_high))
 
@@ -116,14 +119,15 @@ def x_domain(series: Sequence[Series]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 1, high + 1)
 
 
-def y_domain(series: Sequence[Series], from_zero: bool) -> tuple[float, float]:
+def y_domain(series: Sequence[Series], from_zero: bool, headroom: float = 0.06) -> tuple[float, float]:
     """Room for every curve: from zero where the distance to zero means something, else 6 % around."""
     values = [y for s in series if s.kind != "area" for y in s.y if y is not None]
     areas = [s for s in series if s.kind == "area"]
     values += [sum(s.y[i] or 0.0 for s in areas) for i in range(len(areas[0].y))] if areas else []
     low, high = min(values, default=0.0), max(values, default=1.0)
     if from_zero or areas:
-        return 0.0, (high if high > 0 else 1.0) * 1.06
+        # a quarter of the smallest numbers there are is zero, and an axis of no height has no ticks
+        return 0.0, (high if high > 1e-300 else 1.0) * (1 + headroom)
     pad = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-12)
     return low - pad, high + pad
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from farspan.cluster.journal import STALE_S
 from farspan.errors import JobError
+from farspan.jobs.measured import Comparison, compare
+from farspan.jobs.plan_file import read_plan
 from farspan.jobs.progress import clock, number
 from farspan.trainer.run_folder import RunFolder, read_metrics
 
@@ -70,6 +72,8 @@ class RunFacts:
     events: list[Event]
     checkpoints: list[SavedState]
     settings: list[Setting]
+    plan: Comparison | None = None
+    """The memory plan beside what was measured."""
     missing: list[str] = field(default_factory=list)
 
 
@@ -114,6 +118,7 @@ def collect(run_dir: Path) -> RunFacts:
         events=events,
         checkpoints=[_checkpoint(path, manifest) for path, manifest in manifests.items()],
         settings=[_setting(path, row) for path, row in resolved.items()],
+        plan=_plan(folder.plan, records, missing),
         missing=missing,
     )
 
@@ -143,6 +148,16 @@ def _json(path: Path, missing: list[str]) -> dict[str, Any]:
         return value
     missing.append(f"{path.name} is not an object")
     return {}
+
+
+def _plan(path: Path, records: list[dict[str, Any]], missing: list[str]) -> Comparison | None:
+    try:
+        return compare(read_plan(path), records)
+    except FileNotFoundError:
+        missing.append(f"no {path.name}")
+    except (OSError, ValueError) as error:
+        missing.append(f"{path.name} cannot be replayed: {visible(str(error))}")
+    return None
 
 
 def _lines(path: Path, missing: list[str]) -> list[dict[str, Any]]:

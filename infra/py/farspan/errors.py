@@ -68,6 +68,10 @@ class DoesNotFit(FarspanError, ValueError):
     exit_code = 3
 
 
+class OutOfMemory(DoesNotFit):
+    """A rank ran out of memory in a run whose plan did fit: the plan or the machine was not as assumed."""
+
+
 class ClusterNotReady(FarspanError):
     """No Ray at the address, or fewer resources than the gang asks for."""
 
