@@ -18,6 +18,7 @@ from typing import Any
 from farspan.errors import ClusterNotReady, JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
+from farspan.memory.shape import LayerForm
 from farspan.trainer.config import FullFineTune, LoRA, Model, RandomModel
 
 
@@ -56,6 +57,23 @@ class ModelFacts:
     """`model_type` in transformers."""
     windows: tuple[int | None, ...] = (None,)
     """Rows each layer's queries look back on, bottom first; None: all. A single one stands for every layer."""
+    linear_layers: tuple[int, ...] = ()
+    """Layers that mix rows by a recurrence (linear attention)."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers of a mixture of experts that have a plain MLP instead."""
+
+    @property
+    def must_be_measured(self) -> bool:
+        """Whether there are layers without an analytic profile."""
+        return self.experts > 1 or bool(self.linear_layers)
+
+    def form(self, layer: int) -> LayerForm:
+        linear = layer in self.linear_layers
+        return LayerForm(
+            mixer="linear" if linear else "attention",
+            window=None if linear else self.windows[layer % len(self.windows)],
+            experts=1 if layer in self.dense_layers else self.experts,
+        )
 
     def linears(self) -> dict[str, int]:
         """Inputs plus outputs of each linear layer of one block: what a LoRA of rank 1 adds, by module name."""
@@ -203,7 +221,16 @@ def _from_config(config: dict[str, Any], name: str) -> ModelFacts:
         experts=experts,
         family=str(config.get("model_type", "llama")),
         windows=_windows(config, int(found["layers"] or 0)),
+        linear_layers=tuple(i for i, kind in enumerate(config.get("layer_types") or ()) if kind == "linear_attention"),
+        dense_layers=_dense_layers(config, int(found["layers"] or 0)) if experts > 1 else (),
     )
+
+
+def _dense_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """As transformers reads it: the first few (DeepSeek), every n-th but one, or those listed (Qwen)."""
+    first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("decoder_sparse_step") or 1)
+    listed = config.get("mlp_only_layers") or ()
+    return tuple(i for i in range(layers) if i < first or i in listed or (i + 1) % step)
 
 
 def _windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from farspan.errors import DoesNotFit
+from farspan.errors import DoesNotFit, NoProfile
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import ModelFacts
 from farspan.memory.build import problem_for
@@ -22,7 +22,7 @@ from farspan.memory.plan import Placement
 from farspan.memory.policies import fixed_policy
 from farspan.memory.problem import Budgets, PlanProblem
 from farspan.memory.profile import Source
-from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
+from farspan.memory.shape import AdapterShape, ModelShape, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.config import LoRA, TrainSpec
 
@@ -95,7 +95,10 @@ def plan(
 def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> bool:
     """Whether memory is so scarce that exact figures can change the plan: what the policy (or keeping everything) would
     need, by the analytic profile, is more than half of what there is."""
-    problem = problem_of(job, train, facts, hardware)
+    try:
+        problem = problem_of(job, train, facts, hardware)
+    except NoProfile:
+        return True
     policy = "keep" if job.memory.plan == "solve" else job.memory.plan
     needed = evaluate(problem, fixed_policy(problem, policy))
     return 2 * needed.device_peak_bytes > problem.budgets.device_bytes or bool(needed.over_bytes)
@@ -180,7 +183,7 @@ def shape_of(facts: ModelFacts) -> ModelShape:
         ffn=facts.ffn,
         vocab=facts.vocab,
         tied=facts.tied,
-        forms=tuple(LayerForm(window=window, experts=facts.experts) for window in facts.windows),
+        forms=tuple(facts.form(layer) for layer in range(facts.layers)),
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmo2": "whole"}.get(facts.family, "none"),  # type: ignore[arg-type]
         norm_after=facts.family == "olmo2",
         norm_scale_fp32=facts.family == "olmo2",

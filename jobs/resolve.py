@@ -207,8 +207,30 @@ class _Resolution:
         self._decide("cluster.use_gpu", found, f"the cluster has {self.machine.gpus:g} GPUs")
         return found
 
+    def _whole_sequences(self) -> int:
+        """The only layout of a recurrence: its state would run on into the next document, or stop at a rank's edge."""
+        layers = len(self.facts.linear_layers)
+        for name, cure, broken in (
+            ("parallel.sp", "parallel.sp=1", self.job.parallel.sp not in ("auto", 1)),
+            ("data.pack", "data.pack=false", self.job.data.pack),
+        ):
+            if broken:
+                raise JobError(
+                    f"{name} does not go with linear attention",
+                    at=self._at(name),
+                    why=f"{layers} layers carry a state from row to row, which knows neither documents nor ranks yet",
+                    try_=f"--set {cure}",
+                )
+        self.degrees, self.limit = [1], "linear attention needs whole sequences"
+        self.why_sp = self.limit
+        if self.job.parallel.sp == "auto":
+            self._decide("parallel.sp", 1, self.limit)
+        return 1
+
     def _sp(self, chosen: int | None) -> int:
         heads, asked = self.facts.heads, self.job.parallel.sp
+        if self.facts.linear_layers:
+            return self._whole_sequences()
         if asked != "auto":
             if 1 <= asked <= heads:
                 return asked

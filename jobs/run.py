@@ -21,13 +21,7 @@ from farspan.jobs.claim import Claim
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine, model_facts
 from farspan.jobs.load import Loaded
-from farspan.jobs.measured import compare, findings
-from farspan.jobs.mesh import by_prediction
 from farspan.jobs.origins import origins_in_python
-from farspan.jobs.out_of_memory import Situation
-from farspan.jobs.out_of_memory import explain as explained
-from farspan.jobs.plan_file import read_plan, write_plan, write_plan_trace
-from farspan.jobs.plan_view import show_measured
 from farspan.jobs.resolve import Resolved, batch_chain, mesh_reason, resolve
 from farspan.jobs.submit import anchored
 from farspan.memory.plan import checkpoint_every_layer, keep_everything
@@ -90,6 +84,9 @@ def run(
     resolve(job, facts, _ONE_RANK, origins)
     with Claim(folder, resume=resume, clean=clean) as claim:
         from farspan.cluster.session import connect
+        from farspan.jobs.mesh import by_prediction
+        from farspan.jobs.out_of_memory import Situation
+        from farspan.jobs.out_of_memory import explain as explained
 
         with connect(address) as session:
             _say(console, "ray", "on this machine" if session.local else session.address)
@@ -120,10 +117,10 @@ def _with_plan(
     from farspan.jobs.plan import plan, require_fit, size
 
     gang = resolved.gang
-    if facts.experts > 1:
-        return _unpredicted(resolved, job, facts, console), None
     hardware = hardware_of(job, here, ranks=gang.world_size, use_gpu=gang.use_gpu)
     calibration = _calibration(resolved, job, facts, hardware, here, console)
+    if calibration is None and facts.must_be_measured:
+        return _unpredicted(resolved, job, facts, console), None
     planned = plan(job, resolved.train, facts, hardware, calibration)
     require_fit(planned)
     kind = planned.solution.kind if planned.solution is not None else planned.policy
@@ -156,24 +153,25 @@ def _calibration(
     found = known_calibration(shape, training, device)
     if found is not None or not (wanted or is_scarce(job, train, facts, hardware)):
         return found
-    _say(console, "profile", "measuring a layer of each kind: memory is scarce" if not wanted else "measuring")
+    why = "asked for" if wanted else "not counted otherwise" if facts.must_be_measured else "memory is scarce"
+    _say(console, "profile", f"measuring a layer of each kind: {why}")
     measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor, use_gpu=gang.use_gpu)
     return measured_calibration(job, train, shape, training, device, measure)
 
 
 def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Console) -> Resolved:
-    """Layers whose cost depends on routing: only policies that need no prediction."""
+    """Layers that are not counted, and were not to be measured: only policies that need no prediction."""
     policy, layers = job.memory.plan, facts.layers
     make = {"keep": keep_everything, "recompute": checkpoint_every_layer}.get(policy)
     if make is None:
         raise JobError(
-            f"memory.plan={policy} needs a prediction, and layers with {facts.experts} experts have none",
+            f"memory.plan={policy} needs a prediction, and layers of this model have none that is analytic",
             at="memory.plan",
-            why="what a mixture of experts keeps depends on the routing",
-            try_="--set memory.plan=keep, or --set memory.plan=recompute",
+            why="what experts and recurrences keep depends on their kernels, so it has to be measured",
+            try_="--set memory.profile=measured, or --set memory.plan=keep, or --set memory.plan=recompute",
         )
     rows = -(-resolved.train.data.context // resolved.train.mesh.sp)
-    _say(console, "plan", f"{policy}, not predicted: {facts.experts} experts")
+    _say(console, "plan", f"{policy}, not predicted: layers that were not measured")
     placement = make(layers, rows=rows, attention_rows=rows * resolved.train.mesh.sp)
     return resolved.with_plan(placement, None, policy)
 
@@ -223,6 +221,8 @@ def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
 
 
 def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved, planned: Planned | None) -> None:
+    from farspan.jobs.plan_file import write_plan, write_plan_trace
+
     write_json(folder.job, job.model_dump(mode="json"))
     write_json(folder.resolved, resolved.to_json())
     write_json(folder.root / "train_spec.json", resolved.train.model_dump(mode="json"))
@@ -272,6 +272,10 @@ def _train(
 
 def _compare(folder: RunFolder, console: Console) -> None:
     """The plan's table with what was measured, and as an event what the plan got wrong."""
+    from farspan.jobs.measured import compare, findings
+    from farspan.jobs.plan_file import read_plan
+    from farspan.jobs.plan_view import show_measured
+
     records = read_metrics(folder.metrics)
     if not records or not folder.plan.exists():
         return

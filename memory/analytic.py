@@ -190,7 +190,9 @@ def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> fl
     return 2 * training.trained_in_layer(shape) / hardware.matmul_flop_per_s[training.adapter_precision]
 
 
-def exchange_amount(shape: ModelShape, training: Training, hardware: Hardware) -> Amount:
+def exchange_amount(
+    shape: ModelShape, training: Training, hardware: Hardware, layer_bytes: int | None = None
+) -> Amount:
     """One forward's all-to-alls, and under ZeRO-3 the gathering of the layer's weights; compute hides nothing."""
     per_row = constant = 0.0
     if training.sp > 1:
@@ -199,7 +201,7 @@ def exchange_amount(shape: ModelShape, training: Training, hardware: Hardware) -
         per_row = training.width_bytes * width * (training.sp - 1) / training.sp
     if training.zero == 3 and training.world_size > 1:
         others = (training.world_size - 1) / training.world_size
-        constant = training.width_bytes * shape.layer_parameters * others
+        constant = (training.width_bytes * shape.layer_parameters if layer_bytes is None else layer_bytes) * others
     rate = hardware.all_to_all_bytes_per_s
     return Amount(constant=constant / rate, per_row=per_row / rate)
 
@@ -239,8 +241,8 @@ def _head(shape: ModelShape, training: Training, hardware: Hardware, working_set
         peak=peak(run.moments, Size(), training.loss_tile),
         gradient_bytes=stays * head,
         embedding_gradient_bytes=embedding_width * embedding,
-        step_peak_bytes=step_peak_bytes(shape, training),
-        step_s=optimizer_s(shape, training, hardware),
+        step_peak_bytes=step_peak_bytes(training, training.trained(shape)),
+        step_s=optimizer_s(training, hardware, training.trained(shape)),
     )
 
 

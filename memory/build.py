@@ -12,7 +12,7 @@ from farspan.memory.hardware import Hardware
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
 from farspan.memory.profile import HeadProfile, KindProfile, LinearProfile, Profile
 from farspan.memory.shape import ModelShape, Training
-from farspan.memory.states import model_states
+from farspan.memory.states import model_states, weights_of
 
 O_BLOCK_ROWS = 256
 """Rows of O are stored in blocks of so many: attention kernels compute whole blocks of query rows."""
@@ -74,7 +74,7 @@ def problem_for(
         training = training.model_copy(update={"mlp_tile": None})  # one tile: the MLP runs as it is
     return build_problem(
         analytic_profile(shape, training, hardware, working_set=working_set),
-        states=model_states(shape, training, hardware),
+        states=model_states(training, hardware, weights_of(shape, training)),
         context=context,
         budgets=hardware.budgets() if budgets is None else budgets,
         links=hardware.links(),

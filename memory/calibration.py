@@ -21,11 +21,11 @@ from farspan.memory.build import build_problem
 from farspan.memory.hardware import Hardware
 from farspan.memory.problem import Budgets, Links, PlanProblem
 from farspan.memory.profile import Amount, HeadProfile, KindProfile, Profile, Source
-from farspan.memory.shape import ModelShape, Training
+from farspan.memory.shape import ModelShape, Training, Weights
 from farspan.memory.states import model_states, optimizer_s, step_peak_bytes
 from farspan.schema import Schema
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Of what a profile means; a higher one forgets all calibrations."""
 
 
@@ -110,29 +110,47 @@ def calibrated_problem(
     """The problem of a job from what was measured; see `build.problem_for`."""
     profile = calibration.profile
     assert profile.sp == training.sp, (profile.sp, training.sp)
-    exchange = exchange_amount(shape, training, hardware)
+    names = tuple(shape.form(layer).name for layer in range(shape.layers))
+    weights = _weights(profile, names)
     head = profile.head.model_copy(
         update={
-            "step_peak_bytes": step_peak_bytes(shape, training),
-            "step_s": optimizer_s(shape, training, hardware),
+            "step_peak_bytes": step_peak_bytes(training, weights.trained),
+            "step_s": optimizer_s(training, hardware, weights.trained),
         }
     )
+
+    def with_exchange(kind: KindProfile) -> KindProfile:
+        assert kind.weights is not None
+        return _with_exchange(kind, exchange_amount(shape, training, hardware, kind.weights.bytes))
+
     return build_problem(
         profile.model_copy(
             update={
-                "layers": tuple(shape.form(layer).name for layer in range(shape.layers)),
-                "kinds": tuple(_with_exchange(kind, exchange) for kind in profile.kinds),
+                "layers": names,
+                "kinds": tuple(with_exchange(kind) for kind in profile.kinds),
                 "head": HeadProfile.model_validate(head.model_dump()),
                 # tiles were varied while measuring: the lines hold where rows fill more than one
                 "mlp_tile": profile.mlp_tile if (profile.mlp_tile or 0) < -(-context // training.sp) else None,
             }
         ),
-        states=model_states(shape, training, hardware),
+        states=model_states(training, hardware, weights),
         context=context,
         budgets=hardware.budgets() if budgets is None else budgets,
         links=calibration.links.links,
         micro_batches=training.micro_batches,
     )
+
+
+def _weights(profile: Profile, layers: tuple[str, ...]) -> Weights:
+    """All of a model, from what its kinds of layers and the rest were seen to have."""
+    assert profile.head.weights is not None, "a measured profile counts weights"
+    of_kind = {kind.name: kind.weights for kind in profile.kinds}
+    total = profile.head.weights
+    for name in layers:
+        one = of_kind[name]
+        assert one is not None
+        total = total + one
+    return total
 
 
 def _with_exchange(kind: KindProfile, exchange: Amount) -> KindProfile:

@@ -12,7 +12,7 @@ between ranks (their buffers are, see `LoneRank`), model states and the optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -36,6 +36,7 @@ from farspan.memory.profile import (
     Source,
     attended_pairs,
 )
+from farspan.memory.shape import Weights
 from farspan.memory.single_layers import hooked
 
 TIMED_ROWS = (1024, 2048)
@@ -75,6 +76,7 @@ class LayerSample:
     o_bytes_per_row: float = 0.0
     window: int | None = None
     gradient_bytes: int = 0
+    weights: Weights | None = None
     linear_bytes_per_row: dict[str, float] = field(default_factory=dict)
     runs: dict[str, list[Run]] = field(default_factory=dict)
     timed: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class HeadSample:
     x_bytes_per_row: float = 0.0
     gradient_bytes: int = 0
     embedding_gradient_bytes: int = 0
+    weights: Weights | None = None
     timed: dict[int, float] = field(default_factory=dict)
 
 
@@ -108,9 +111,12 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
     footprint(lambda: None, device)  # starts the profiler
     try:
         for rows, tile in SETTINGS:
-            subject.set_tile(tile)
             for name, index in first.items():
-                probe(subject, index, rows, partial(_Allocations, subject, index, layers[name], rows, tile))
+                times = _windows_shown(subject.layers[index])
+                subject.set_tile(times * tile)
+                run = partial(_Allocations, subject, index, layers[name], times * rows, times * tile)
+                probe(subject, index, times * rows, run)
+            subject.set_tile(tile)
             _head_allocations(subject, head, rows, tile)
         subject.set_tile(None)
         for rows in TIMED_ROWS:
@@ -135,6 +141,12 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
             }.items()
         },
     )
+
+
+def _windows_shown(layer: nn.Module) -> int:
+    """How many times longer runs must be for a sliding window to be narrower than half of them."""
+    window = getattr(getattr(layer, "self_attn", None), "sliding_window", None) or 0
+    return max(1, -(-9 * window // (4 * SETTINGS[0][0])))
 
 
 def probe(subject: Subject, index: int, rows: int, measure: Callable[[partial[Any], Tensor], Any]) -> None:
@@ -239,6 +251,7 @@ class _Allocations(_Layer):
         self.sample, self.rows, self.tile = sample, rows, tile
         sample.x_bytes_per_row = x.nbytes / rows
         sample.gradient_bytes = sum(p.nbytes for p in self.trained)
+        sample.weights = weights_in(self.layer.parameters())
         self.clear()
         self.backward(call(self.leaf()))
         self.o = self._inputs()
@@ -409,10 +422,24 @@ def _head_allocations(subject: Subject, sample: HeadSample, rows: int, tile: int
         sample.work.append(Run(rows, tile, (took.peak_bytes,)))
     sizes = {id(p): p.grad.nbytes for p in subject.model.parameters() if p.grad is not None}
     sizes |= {id(p): p.nbytes for p in _outside(subject)}
+    inside = {id(p) for layer in subject.layers for p in layer.parameters()}
+    sample.weights = weights_in(p for p in subject.model.parameters() if id(p) not in inside)
     sample.embedding_gradient_bytes = sizes.pop(id(subject.embedding.weight), 0)
     sample.gradient_bytes = sum(sizes.values())
     for p in subject.model.parameters():
         p.grad = None
+
+
+def weights_in(parameters: Iterable[nn.Parameter]) -> Weights:
+    """Count parameters, each once."""
+    distinct = list({id(p): p for p in parameters}.values())
+    trained = [p.numel() for p in distinct if p.requires_grad]
+    return Weights(
+        bytes=sum(p.nbytes for p in distinct),
+        parameters=sum(p.numel() for p in distinct),
+        trained=sum(trained),
+        largest=max(trained, default=0),
+    )
 
 
 def clear_gradients(subject: Subject) -> None:
@@ -503,6 +530,7 @@ def _kind(name: str, sample: LayerSample, gradients: Gradients, mlp_tile: int | 
         rebuild_peak=fit_peak("rebuild and backward", runs["rebuild"], booked.plus(dy), tile_rows=tile),
         keep_backward_peak=fit_peak("backward", runs["keep backward"], booked, tile_rows=tile),
         gradient_bytes=sample.gradient_bytes if gradients != "handed on" else 0,
+        weights=sample.weights,
     )
 
 
@@ -530,4 +558,5 @@ def _head(sample: HeadSample, gradients: Gradients, loss_tile: int) -> HeadProfi
         peak=fit_peak("loss", sample.work, beside.plus(_booked(gradients, sample.gradient_bytes)), tile_rows=loss_tile),
         gradient_bytes=sample.gradient_bytes if gradients != "handed on" else 0,
         embedding_gradient_bytes=sample.embedding_gradient_bytes,
+        weights=sample.weights,
     )

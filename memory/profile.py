@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from farspan.memory.shape import Weights
 from farspan.schema import Schema
 
 
@@ -125,6 +126,8 @@ class KindProfile(Schema):
     rebuild_peak: Peak
     keep_backward_peak: Peak
     gradient_bytes: int = 0
+    weights: Weights | None = None
+    """Of one layer, where it was measured."""
 
 
 class HeadProfile(Schema):
@@ -137,6 +140,8 @@ class HeadProfile(Schema):
     embedding_gradient_bytes: int = 0
     step_peak_bytes: int = 0
     step_s: float = 0.0
+    weights: Weights | None = None
+    """Outside the layers, where it was measured."""
 
 
 class Profile(Schema):

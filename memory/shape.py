@@ -166,3 +166,22 @@ class Training(Schema):
     def trained(self, shape: ModelShape) -> int:
         """All trained weights."""
         return shape.layers * self.trained_in_layer(shape) + sum(self.trained_outside(shape))
+
+
+class Weights(Schema):
+    """A model's weights as ranks hold and train them; counted from a shape, or measured."""
+
+    bytes: int = Field(ge=0)
+    """In their dtypes, adapters included."""
+    parameters: int = Field(ge=0)
+    trained: int = Field(ge=0)
+    largest: int = Field(ge=0)
+    """Elements of the largest trained tensor."""
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(
+            bytes=self.bytes + other.bytes,
+            parameters=self.parameters + other.parameters,
+            trained=self.trained + other.trained,
+            largest=max(self.largest, other.largest),
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from farspan.memory.hardware import Hardware
 from farspan.memory.plan import Tier
 from farspan.memory.problem import State
-from farspan.memory.shape import ModelShape, Training
+from farspan.memory.shape import ModelShape, Training, Weights
 
 FP32 = 4
 MOMENTS = 2
@@ -37,33 +37,37 @@ def gradient_width(training: Training) -> int:
     return FP32 if training.cpu_offload else training.width_bytes
 
 
-def model_states(shape: ModelShape, training: Training, hardware: Hardware) -> tuple[State, ...]:
+def model_states(training: Training, hardware: Hardware, weights: Weights) -> tuple[State, ...]:
     """All states of one rank with any bytes, largest first on each tier."""
     found: list[tuple[str, Tier, int]] = [
         ("context", "device", hardware.context_bytes),
         ("collectives", "device", hardware.collective_bytes if training.world_size > 1 else 0),
-        *(_plain(shape, training) if training.zero == 0 else _zero(shape, training, hardware)),
+        *(_plain(training, weights) if training.zero == 0 else _zero(training, hardware, weights)),
     ]
     states = [State(name=name, tier=tier, bytes=size) for name, tier, size in found if size]
     return tuple(sorted(states, key=lambda state: -state.bytes))
 
 
-def weight_bytes(shape: ModelShape, training: Training) -> int:
+def weights_of(shape: ModelShape, training: Training) -> Weights:
     """The model in its dtype, adapters in theirs; whole."""
+    trained = training.trained(shape)
+    largest = shape.vocab * shape.hidden if training.trains("embed_tokens") else shape.hidden * shape.ffn
     if training.adapter is None:
-        return shape.parameters * training.width_bytes
+        size = shape.parameters * training.width_bytes
+        return Weights(bytes=size, parameters=shape.parameters, trained=trained, largest=largest)
     adapters = shape.layers * training.trained_in_layer(shape)
     copies = sum(training.trained_outside(shape))  # peft trains a copy of a module it saves and keeps the original
-    return (shape.parameters + copies) * training.width_bytes + adapters * training.adapter_width_bytes
+    size = (shape.parameters + copies) * training.width_bytes + adapters * training.adapter_width_bytes
+    return Weights(bytes=size, parameters=shape.parameters, trained=trained, largest=largest)
 
 
-def _plain(shape: ModelShape, training: Training) -> list[tuple[str, Tier, int]]:
+def _plain(training: Training, weights: Weights) -> list[tuple[str, Tier, int]]:
     """`PlainEngine`: all of it on every rank. A flat fp32 buffer takes the gradients with several ranks or in bf16;
     masters are apart from the weights only in bf16; two fp32 moments."""
-    trained = training.trained(shape)
+    trained = weights.trained
     narrow = training.adapter_width_bytes < FP32
     return [
-        ("weights", "device", weight_bytes(shape, training)),
+        ("weights", "device", weights.bytes),
         ("gradients", "device", FP32 * trained * (narrow or training.world_size > 1)),
         ("masters", "device", FP32 * trained * narrow),
         ("moments", "device", MOMENTS * FP32 * trained),
@@ -75,7 +79,7 @@ def bucket_elements(trained: int) -> int:
     return min(BUCKET_ELEMENTS, max(2 * trained, 1024) // 2 * 2)
 
 
-def _zero(shape: ModelShape, training: Training, hardware: Hardware) -> list[tuple[str, Tier, int]]:
+def _zero(training: Training, hardware: Hardware, weights: Weights) -> list[tuple[str, Tier, int]]:
     """DeepSpeed: masters and moments of a rank's share; at stage 3 weights too.
 
     Stage 1, bf16, on the device (`BF16_Optimizer`): one flat fp32 buffer for the gradients of all. Otherwise stages 1
@@ -83,8 +87,8 @@ def _zero(shape: ModelShape, training: Training, hardware: Hardware) -> list[tup
     what is in it, another for the wire if these are not fp32, and the reduced fp32 gradients of the share. Stage 3: an
     fp32 bucket with the padded input of its reduce-scatter, gradients of the share, and the weights gathered.
     """
-    e, world, trained = training.width_bytes, training.world_size, training.trained(shape)
-    share, offload, weights = -(-trained // world), training.cpu_offload, weight_bytes(shape, training)
+    e, world, trained = training.width_bytes, training.world_size, weights.trained
+    share, offload = -(-trained // world), training.cpu_offload
     home: Tier = "host" if offload else "device"
     # page-locked memory comes in powers of two from torch's allocator
     pinned = offload and hardware.device_type == "cuda"
@@ -96,15 +100,15 @@ def _zero(shape: ModelShape, training: Training, hardware: Hardware) -> list[tup
     ]
     if training.zero == 3:
         return [
-            ("weights", "device", -(-weights // world)),
-            ("gathered weights", "device", min(shape.parameters, LIVE_ELEMENTS) * e if world > 1 else 0),
+            ("weights", "device", -(-weights.bytes // world)),
+            ("gathered weights", "device", min(weights.parameters, LIVE_ELEMENTS) * e if world > 1 else 0),
             *sharded,
             reduced,
             ("gradient bucket", "device", FP32 * (bucket + min(bucket, trained))),
         ]
-    sharded.insert(0, ("weights", "device", weights))
+    sharded.insert(0, ("weights", "device", weights.bytes))
     if offload:
-        largest = shape.vocab * shape.hidden if training.trains("embed_tokens") else shape.hidden * shape.ffn
+        largest = weights.largest
         sharded += [
             ("rounded weights", home, _pinned(e * share, pinned)),
             ("staging", home, _pinned(e * largest, pinned)),
@@ -123,22 +127,21 @@ def _pinned(size_bytes: int, pinned: bool) -> int:
     return 1 << (size_bytes - 1).bit_length() if pinned and size_bytes else size_bytes
 
 
-def step_peak_bytes(shape: ModelShape, training: Training) -> int:
+def step_peak_bytes(training: Training, trained: int) -> int:
     """Optimizer step beyond states and staying gradients: nothing where updates go in place (plain engine, stage 3), a
     copy of the share's fp32 gradients at stages 1 and 2; stage 1 in bf16 reduces in buckets, copied twice."""
-    trained = training.trained(shape)
     if training.zero == 1 and training.width_bytes < FP32 and not training.cpu_offload:
         return 2 * FP32 * min(bucket_elements(trained), trained)
     return -(-FP32 * trained // training.world_size) if training.zero in (1, 2) else 0
 
 
-def optimizer_s(shape: ModelShape, training: Training, hardware: Hardware) -> float:
+def optimizer_s(training: Training, hardware: Hardware, trained: int) -> float:
     """One step: gradients summed over ranks, norm and clipping, AdamW, weights written (and gathered again).
 
     By bytes: AdamW reads gradient, master and moments and writes the last three and the weight; norm and clipping read
     the gradient twice and write it once. The sum over ranks moves 2 (world - 1) / world of fp32 gradients per rank.
     """
-    e, world, trained = training.width_bytes, training.world_size, training.trained(shape)
+    e, world = training.width_bytes, training.world_size
     own = trained if training.zero == 0 else -(-trained // world)
     passes = 4 * FP32 + 3 * FP32 + e + 3 * FP32
     seconds = own * passes / (hardware.host_memory_bytes_per_s if training.cpu_offload else hardware.memory_bytes_per_s)

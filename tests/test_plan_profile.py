@@ -28,7 +28,7 @@ from farspan.memory.policies import grid_rows
 from farspan.memory.problem import PlanProblem
 from farspan.memory.profile import AttentionProfile, PairTime, Profile
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
-from farspan.memory.states import gradient_width, model_states
+from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.trainer.config import Optim
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
@@ -390,7 +390,9 @@ def test_a_profile_survives_json(shape: ModelShape, training: Training) -> None:
 
 
 def sizes(training: Training, shape: ModelShape = LLAMA_8B, hardware: Hardware = H200) -> dict[tuple[str, str], int]:
-    return {(state.name, state.tier): state.bytes for state in model_states(shape, training, hardware)}
+    return {
+        (state.name, state.tier): state.bytes for state in model_states(training, hardware, weights_of(shape, training))
+    }
 
 
 def test_states_of_the_plain_engine() -> None:
@@ -435,7 +437,7 @@ def test_states_equal_what_the_plain_engine_allocates(precision: str) -> None:
     tensors = [*trainable.values(), engine._flat, *engine._masters.values()]
     tensors += [t for state in engine._adamw.state.values() for name, t in state.items() if name != "step"]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    predicted = model_states(shape, Training(precision=precision), CPU)  # type: ignore[arg-type]
+    predicted = model_states(Training(precision=precision), CPU, weights_of(shape, Training(precision=precision)))  # type: ignore[arg-type]
     assert sum(state.bytes for state in predicted) == sum(storages.values())
 
 

@@ -99,6 +99,15 @@ def _some_layers(config: Any, indices: Sequence[int]) -> Any:
     for name, value in list(vars(inner).items()):
         if isinstance(value, list | tuple) and len(value) == count and name.endswith(("layer_types", "_layers")):
             setattr(inner, name, [value[index] for index in indices])
+    # layers told apart by their numbers: plain MLPs among mixtures of experts
+    if listed := getattr(inner, "mlp_only_layers", None):
+        inner.mlp_only_layers = [new for new, old in enumerate(indices) if old in listed]
+    if first := getattr(inner, "first_k_dense_replace", None):
+        inner.first_k_dense_replace = sum(index < first for index in indices)
+    step = getattr(inner, "decoder_sparse_step", None) or 1
+    if step > 1:
+        inner.decoder_sparse_step = 1
+        inner.mlp_only_layers = [new for new, old in enumerate(indices) if (old + 1) % step or old in (listed or ())]
     inner.num_hidden_layers = len(indices)
     return config
 
