@@ -222,7 +222,9 @@ def export(
 
 
 def bench(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="sft, invariance, disk or plan.")],
+    name: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="sft, memory, plan, invariance or disk.")
+    ],
 ) -> int:
     """Run a benchmark of infra/bench; what follows its name goes to it."""
     return _bench(name, ())

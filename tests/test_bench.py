@@ -13,6 +13,23 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
+def test_memory_policies_and_peers(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
+    out = tmp_path / "memory.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "farspan.jobs", "bench", "memory", "--toy", "--out", str(out)],
+        env=environment, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())["cells"]
+    timed = {key.split("/")[3] for key in cells if key.startswith("time/")}
+    assert timed == {"keep", "ssdtrain", "checkpoint", "solve at checkpoint", "solve at 50%"}
+    losses = {key: cell["loss"] for key, cell in cells.items() if key.startswith("peak/")}
+    assert max(losses.values()) - min(losses.values()) < 1e-3, losses
+    assert "Largest miss" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
 def test_sft_beside_trl_and_a_bare_loop(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
     out = tmp_path / "sft.json"

@@ -489,6 +489,18 @@ def test_eighty_layers_are_solved_soon() -> None:
         assert elapsed_s < 10
 
 
+def test_a_plan_does_not_depend_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that runs a thousand times as fast, as it seems to a process that gets no turn; and with no time."""
+    problem, began_s = llama_8b(128 * 1024, "today"), time.monotonic()
+    whole = solve(problem)
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: began_s + 1000 * (real() - began_s))
+    assert solve(problem).placement == whole.placement
+    fixed = [evaluate(problem, fixed_policy(problem, policy)) for policy in FIXED_POLICIES]
+    hurried = solve(problem, time_limit_s=0.0).prediction
+    assert hurried.fits and hurried.step_s < min(one.step_s for one in fixed if one.fits)
+
+
 def test_solving_imports_neither_torch_nor_ray_and_prints_nothing() -> None:
     """`plan --json` prints one object: a solver's banner on the same stream would spoil it."""
     code = (

@@ -177,7 +177,7 @@ def assumptions(planned: Planned) -> list[tuple[str, str, str, str]]:
     """(field of the hardware file, value, `measured` or `assumed`, where from), what is measured first."""
     values = planned.hardware.model_dump()
     found = []
-    for name, source in planned.hardware.sources.items():
+    for name, source in planned.sources.items():
         found.append((name, _quantity(name, values.get(name)), source.how, source.what))
     return sorted(found, key=lambda row: row[2] == "assumed")
 
