@@ -57,14 +57,13 @@ SHORT = ("LoRA bf16, Qwen3", "full fp32, MLP tiles")
 TIMED = "full fp32"
 PEERS = ("checkpoint", "selective", "save_on_cpu")
 LENGTHS = (8192, 32768)
-REPEATS, STEPS = {8192: 5, 32768: 3}, {8192: 2, 32768: 1}
-SHARES = (0.75, 0.5)
+REPEATS, STEPS = {8192: 4, 32768: 3}, {8192: 2, 32768: 1}
+SHARES: dict[int, tuple[float, ...]] = {8192: (0.75, 0.5), 2560: (0.5,)}
 """Device budgets of the frontier, as shares of what keeping everything takes."""
 ALLOWED_MISS, ALLOWED_RATIO = 0.03, 1.03
-TOY = {
+TOY: dict[str, Any] = {
     "policies": ("keep", "ssdtrain"),
     "peers": ("checkpoint",),
-    "shares": (0.5,),
     "lengths": [2560],
     "repeats": {2560: 2},
 }
@@ -79,7 +78,7 @@ class Bench:
     def __init__(self, out: Path, *, toy: bool) -> None:
         self.out = out
         self.policies: tuple[FixedPolicy, ...] = TOY["policies"] if toy else FIXED_POLICIES
-        self.peers, self.shares = (TOY["peers"], TOY["shares"]) if toy else (PEERS, SHARES)
+        self.peers: tuple[str, ...] = TOY["peers"] if toy else PEERS
         self.done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "cells": {}}
 
     def cell(self, key: str, task: dict[str, Any], *, ranks: int = 1) -> dict[str, Any]:
@@ -243,7 +242,7 @@ def systems(bench: Bench, length: int) -> dict[str, tuple[Placement | None, Pred
         budgets = Budgets(device_bytes=cell["peak_bytes"], host_bytes=cell.get("host_bytes", 0))
         found[f"solve at {peer}"] = _solved(bench, length, budgets)
     whole = evaluate(ample, fixed_policy(ample, "keep")).device_peak_bytes
-    for share in bench.shares:
+    for share in SHARES.get(length, ()):
         solved = _solved(bench, length, Budgets(device_bytes=int(share * whole)))
         if solved[0] is not None:
             found[f"solve at {share:.0%}"] = solved
@@ -363,7 +362,8 @@ def plot(bench: Bench, lengths: list[int], repeats: dict[int, int], out: Path) -
             )
             for name in timed_names(bench, length)
         }
-        frontier = sorted(point for name, point in points.items() if name.endswith("%") or name == "keep")
+        alone = ("keep", "solve at checkpoint", "solve at selective")  # no host memory in these either
+        frontier = sorted(point for name, point in points.items() if name.endswith("%") or name in alone)
         axis.plot(*zip(*frontier), "o-", color="#1f5fbf", label="solve, device memory alone", zorder=3)
         for name, (x, y) in points.items():
             if name in FIXED_POLICIES or name in PEERS:
