@@ -68,7 +68,7 @@ def calibration_key(shape: ModelShape, training: Training, device: str) -> dict[
 
 
 def gradients_of(training: Training, *, stay: bool) -> str:
-    """As `measure.Gradients`."""
+    """As `samples.Gradients`."""
     if not stay:
         return "handed on"
     return "added" if training.micro_batches > 1 else "first"

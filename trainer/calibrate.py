@@ -19,9 +19,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.memory.calibration import Measured, MeasuredLinks
-from farspan.memory.measure import Subject, measure_profile
+from farspan.memory.measure import measure_profile
 from farspan.memory.problem import Links
 from farspan.memory.profile import Profile, Source
+from farspan.memory.samples import Subject
 from farspan.memory.tiers import Store
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence

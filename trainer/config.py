@@ -218,7 +218,7 @@ class CalibrationRequest(Schema):
     kinds: tuple[str, ...]
     """Kind of each decoder layer, bottom first."""
     gradients: Literal["handed on", "first", "added"]
-    """See `memory.measure.Gradients`."""
+    """See `memory.samples.Gradients`."""
     disk_dir: str | None = None
     """Folder whose disk is measured; None: no disk tier."""
 

@@ -1,0 +1,240 @@
+"""One decoder layer in the probe's hands: what the allocator does, and how long it takes, in every way of running it.
+
+A release is seen only if the tensor was made under the same profiler: so whatever a run releases is made inside, before
+a mark in the events, and only what follows the mark counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farspan.kernels.attention import KnownRows, causal_attention
+from farspan.memory.allocations import fastest_s, footprint
+from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
+from farspan.memory.moments import Run
+from farspan.memory.samples import MARK_BYTES, LayerSample, Subject, hand_on, mark, weights_in
+from farspan.memory.single_layers import hooked
+
+
+def probe(subject: Subject, index: int, rows: int, measure: Callable[[partial[Any], Tensor], Any]) -> None:
+    """Call `measure(call, x)` in the place of layer `index`."""
+
+    def hook(call: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            measure(call, x.detach())
+        return x
+
+    with torch.no_grad(), hooked(subject.layers, {index: hook}):
+        subject.step(rows)
+
+
+class _Seed(torch.autograd.Function):
+    """Starts a backward at a layer's output with a gradient nobody else holds, as the layer above would."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.device = y.shape, y.dtype, y.device
+        return y.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.full(ctx.shape, 1e-3, dtype=ctx.dtype, device=ctx.device)
+
+
+class _Layer:
+    """A layer in the probe's hands."""
+
+    def __init__(self, subject: Subject, index: int, call: partial[Any], x: Tensor) -> None:
+        self.layer, self.call, self.x = subject.layers[index], call, x
+        self.device, self.gradients = x.device, subject.gradients
+        self.linears = linear_classes(self.layer)
+        self.hollow = frozenset([HOLLOW]) if subject.hollow else frozenset()
+        self.trained = [p for p in self.layer.parameters() if p.requires_grad]
+
+    def leaf(self) -> Tensor:
+        return self.x.detach().requires_grad_()
+
+    def clear(self) -> None:
+        """Gradients as they are before this layer's backward."""
+        for p in self.trained:
+            p.grad = torch.zeros_like(p) if self.gradients == "added" else None
+
+    def drop(self) -> None:
+        for p in self.trained:
+            p.grad = None
+
+    def backward(self, y: Tensor, dy: Tensor | None = None, *, again: bool = False) -> None:
+        hooks = []
+        if self.gradients == "handed on":
+            hooks = [p.register_post_accumulate_grad_hook(hand_on) for p in self.trained]
+        try:
+            torch.autograd.backward(_Seed.apply(y) if dy is None else y, dy, retain_graph=again)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def attention_inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Inputs of the linear layers by class, and what attention is called with."""
+        caught: dict[str, Tensor] = {}
+        held: dict[str, Any] = {}
+        frame = Frame(caught=lambda q, k, v, rest: held.update(q=q, k=k, v=v, rest=rest))
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, inputs, name=name: caught.__setitem__(name, inputs[0]))
+            for name, linear in self.linears.items()
+        ]
+        with torch.no_grad(), frame.active():
+            self.call(self.x)
+        for hook in hooks:
+            hook.remove()
+        return caught, held
+
+
+class LayerAllocations(_Layer):
+    """Events of every way to run the layer, once it has run once (what is made on first use is not counted)."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        index: int,
+        sample: LayerSample,
+        rows: int,
+        tile: int,
+        call: partial[Any],
+        x: Tensor,
+    ) -> None:
+        super().__init__(subject, index, call, x)
+        self.sample, self.rows, self.tile = sample, rows, tile
+        sample.x_bytes_per_row = x.nbytes / rows
+        sample.gradient_bytes = sum(p.nbytes for p in self.trained)
+        sample.weights = weights_in(self.layer.parameters())
+        self.clear()
+        self.backward(call(self.leaf()))
+        self.o = self._inputs()
+        self._plain()
+        self._keep()
+        self._rebuild()
+        self.drop()
+
+    def _note(self, what: str, function: Callable[[], object]) -> None:
+        took = footprint(function, self.device)
+        if took.events:  # those after the mark; before it is made what `function` releases later
+            sizes = [size for _, size in took.events]
+            events = tuple(sizes[sizes.index(-MARK_BYTES) + 1 :])
+        else:
+            events = (took.peak_bytes, took.kept_bytes - took.peak_bytes)
+        self.sample.runs.setdefault(what, []).append(Run(self.rows, self.tile, events))
+
+    def _inputs(self) -> tuple[Tensor, Tensor] | None:
+        inputs, held = self.attention_inputs()
+        for name, linear in self.linears.items():
+            if name in inputs:
+                width = self.x.element_size() * linear.out_features
+                self.sample.linear_bytes_per_row[name] = width * inputs[name].numel() / linear.in_features / self.rows
+        if not held:
+            return None
+        out, lse = causal_attention(held["q"], held["k"], held["v"], **held["rest"])
+        self.sample.window = held["rest"]["window"]
+        self.sample.o_bytes_per_row = (out.nbytes + lse.nbytes) / out.shape[2]
+        return out.detach(), lse.detach()
+
+    def _plain(self) -> None:
+        """Without autograd, O held to the end."""
+        held: list[Tensor] = []
+        frame = Frame(attended=lambda out, lse: held.extend((out, lse)))
+
+        def run() -> None:
+            mark(self.device)
+            with torch.no_grad(), frame.active():
+                held.append(self.call(self.x))
+
+        self._note("forward", run)
+
+    def _keep(self) -> None:
+        """With autograd, after another layer whose output nobody else holds; then its backward."""
+        above: list[Tensor] = []
+
+        def forward() -> None:
+            below = [self.call(self.leaf())]
+            mark(self.device)
+            above.append(self.call(below.pop()))
+
+        def backward() -> None:
+            self.clear()
+            y = self.call(self.leaf())
+            mark(self.device)
+            self.backward(y)
+
+        self._note("keep forward", forward)
+        above.clear()
+        self._note("keep backward", backward)
+
+    def _rebuild(self) -> None:
+        """With autograd, O given, the way the executor does it: output and its gradient are held to the end."""
+        dy = torch.ones_like(self.x)
+        x = self.leaf()
+        routed = [self.linears[name] for name in self.hollow & self.linears.keys()]
+        for linear in routed:
+            route_linear(linear, HOLLOW)
+
+        def run() -> None:
+            self.clear()
+            given = [KnownRows(self.o[0].clone(), self.o[1].clone(), first=0)] if self.o is not None else []
+            frame = Frame(known=given.pop if given else None, hollow=self.hollow)
+            mark(self.device)
+            with frame.active():
+                y = self.call(x)
+            del frame
+            self.backward(y, dy)
+
+        try:
+            self._note("rebuild", run)
+        finally:
+            for linear in routed:
+                del linear.forward
+
+
+class LayerSeconds(_Layer):
+    """Fastest of some runs of every way."""
+
+    def __init__(
+        self, subject: Subject, index: int, sample: LayerSample, rows: int, call: partial[Any], x: Tensor
+    ) -> None:
+        super().__init__(subject, index, call, x)
+        seconds = sample.timed[rows] = {}
+        inputs, held = self.attention_inputs()
+        if held:
+            seconds |= self._attention(held)
+        with torch.no_grad():
+            for name, source in inputs.items():
+                seconds[f"linear {name}"] = self._fastest(partial(nn.Linear.forward, self.linears[name], source))
+            mlp: Any = getattr(self.layer, "mlp", None)
+            if getattr(mlp, "tiled_rows", None) is not None:
+                seconds[f"linear {TILED_MLP}"] = self._fastest(partial(mlp, x))
+            seconds["forward"] = self._fastest(lambda: call(x))
+        self.clear()
+        y = call(self.leaf())
+        seconds["backward"] = self._fastest(lambda: self.backward(y, torch.ones_like(y), again=True))
+        self.drop()
+
+    def _fastest(self, function: Callable[[], object]) -> float:
+        return fastest_s(function, self.device)
+
+    def _attention(self, held: dict[str, Any]) -> dict[str, float]:
+        inputs = [held[name].detach().requires_grad_() for name in "qkv"]
+        out, _ = causal_attention(*inputs, **held["rest"])
+        grad = torch.ones_like(out)
+
+        def forward() -> None:
+            with torch.no_grad():
+                causal_attention(*inputs, **held["rest"])
+
+        return {
+            "rows of attention": out.shape[2],
+            "attention forward": self._fastest(forward),
+            "attention backward": self._fastest(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)),
+        }
