@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from farspan.errors import JobError
 from farspan.kernels.attention import KnownRows
@@ -187,10 +188,10 @@ class Tape:
         x = self._input_of(index).detach().requires_grad_(wants_dx)
         frame = self._frame(layer, executor.hollow, again=False)
         with torch.enable_grad(), self._restored(layer, x.device), frame.active():
-            y = layer.call(x)
+            edge = get_gradient_edge(layer.call(x))  # nobody reads the output itself: its memory is free again
         del frame
         layer.x_now = layer.o_now = None
-        torch.autograd.backward(y, dy)
+        torch.autograd.backward(edge, dy)
         self._free(index)
         return x.grad
 

@@ -59,6 +59,7 @@ def today(shape: ModelShape, training: Training, device: Device, *, lone_gradien
     rebuilt = LayerRun(shape, training, device, grad=True, lone_gradients=lone_gradients, rebuild=True)
     rebuilt.make("dy", x.per_row)
     rebuilt.forward()
+    rebuilt.drop("y")
     rebuilt.backward()
 
     return LayerBytes(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from farspan.kernels.attention import KnownRows, causal_attention
 from farspan.memory.allocations import fastest_s, footprint
@@ -68,15 +69,20 @@ class _Layer:
         for p in self.trained:
             p.grad = None
 
-    def backward(self, y: Tensor, dy: Tensor | None = None, *, again: bool = False) -> None:
+    def backward(self, y: Tensor | GradientEdge, dy: Tensor, *, again: bool = False) -> None:
         hooks = []
         if self.gradients == "handed on":
             hooks = [p.register_post_accumulate_grad_hook(hand_on) for p in self.trained]
         try:
-            torch.autograd.backward(_Seed.apply(y) if dy is None else y, dy, retain_graph=again)
+            torch.autograd.backward(y, dy, retain_graph=again)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def backward_as_kept(self, y: Tensor) -> None:
+        """With a gradient of the output that nobody else holds."""
+        seed = _Seed.apply(y)
+        self.backward(seed, torch.ones_like(seed))
 
     def attention_inputs(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Inputs of the linear layers by class, and what attention is called with."""
@@ -113,7 +119,7 @@ class LayerAllocations(_Layer):
         sample.gradient_bytes = sum(p.nbytes for p in self.trained)
         sample.weights = weights_in(self.layer.parameters())
         self.clear()
-        self.backward(call(self.leaf()))
+        self.backward_as_kept(call(self.leaf()))
         self.o = self._inputs()
         self._plain()
         self._keep()
@@ -167,14 +173,14 @@ class LayerAllocations(_Layer):
             self.clear()
             y = self.call(self.leaf())
             mark(self.device)
-            self.backward(y)
+            self.backward_as_kept(y)
 
         self._note("keep forward", forward)
         above.clear()
         self._note("keep backward", backward)
 
     def _rebuild(self) -> None:
-        """With autograd, O given, the way the executor does it: output and its gradient are held to the end."""
+        """With autograd, O given, the way the executor does it: the gradient of the output is held to the end."""
         dy = torch.ones_like(self.x)
         x = self.leaf()
         routed = [self.linears[name] for name in self.hollow & self.linears.keys()]
@@ -187,9 +193,9 @@ class LayerAllocations(_Layer):
             frame = Frame(known=given.pop if given else None, hollow=self.hollow)
             mark(self.device)
             with frame.active():
-                y = self.call(x)
+                edge = get_gradient_edge(self.call(x))
             del frame
-            self.backward(y, dy)
+            self.backward(edge, dy)
 
         try:
             self._note("rebuild", run)
