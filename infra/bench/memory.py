@@ -61,11 +61,11 @@ TIMED = "full fp32"
 PEERS = ("checkpoint", "selective", "save_on_cpu")
 LENGTHS = (8192, 32768)
 REPEATS, STEPS = {8192: 4, 32768: 3}, {8192: 2, 32768: 1}
-SHARES: dict[int, tuple[float, ...]] = {8192: (0.75, 0.5), 2560: (0.5,)}
+SHARES: dict[int, tuple[float, ...]] = {8192: (0.75, 0.5)}
 """Device budgets of the frontier, as shares of what keeping everything takes."""
 ALLOWED_MISS, ALLOWED_RATIO = 0.03, 1.03
 TOY: dict[str, Any] = {
-    "policies": ("keep", "ssdtrain"),
+    "policies": ("keep",),
     "peers": ("checkpoint",),
     "lengths": [2560],
     "repeats": {2560: 1},
