@@ -380,18 +380,25 @@ def plot(bench: Bench, lengths: list[int], repeats: dict[int, int], out: Path) -
         alone = ("keep", "solve at checkpoint", "solve at selective")  # no host memory in these either
         frontier = sorted(point for name, point in points.items() if name.endswith("%") or name in alone)
         axis.plot(*zip(*frontier), "o-", color="#1f5fbf", label="solve, device memory alone", zorder=3)
-        for name, (x, y) in points.items():
-            if name in FIXED_POLICIES or name in PEERS:
-                colour = "#c2571a" if name in PEERS else "#555555"
-                axis.plot([x], [y], "s" if name in PEERS else "^", color=colour)
-                axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=colour)
+        for group, colour, marker, label, below in (
+            (FIXED_POLICIES, "#555555", "^", "fixed policies of other trainers, same executor", -11),
+            (PEERS, "#c2571a", "s", "torch's own tools", 6),
+        ):
+            shown = sorted((*points[name], name) for name in group if name in points)
+            axis.plot([x for x, _, _ in shown], [y for _, y, _ in shown], marker, color=colour, label=label)
+            for index, (x, y, name) in enumerate(shown):
+                near = sum(
+                    abs(other[0] - x) < 0.1 * x for other in shown[:index]
+                )  # names of neighbours one below the other
+                axis.annotate(
+                    name, (x, y), textcoords="offset points", xytext=(7, below * (1 + near)), fontsize=8, color=colour
+                )
         axis.set_title(f"{length:,} rows")
         axis.set_xlabel("device peak of a step, MiB")
         axis.set_ylabel("step, s (median)")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(y for _, y in points.values()))
         axis.grid(alpha=0.25)
         axis.legend(loc="lower right", fontsize=8)
-    figure.suptitle("Orange: torch's own tools; grey: fixed policies of other trainers through the same executor")
     figure.tight_layout()
     figure.savefig(out, dpi=130)
 
