@@ -13,30 +13,36 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from farspan.errors import JobError, RunFailed
 from farspan.jobs.config import SFTJob
-from farspan.jobs.facts import Machine
+from farspan.jobs.facts import Machine, ModelFacts
+from farspan.jobs.plan import shape_of, training_of
 from farspan.memory.calibration import (
     Calibration,
     Measured,
     calibration_key,
+    calibration_path,
     load_calibration,
-    save_calibration,
 )
 from farspan.memory.config import split_disk
-from farspan.memory.shape import ModelShape, Training
-from farspan.trainer.config import CalibrationRequest, TrainSpec
-from farspan.trainer.run_folder import default_cache_root
+from farspan.trainer.config import CalibrationRequest, Model, TrainSpec
+from farspan.trainer.run_folder import default_cache_root, write_atomically
 
 Measure = Callable[[CalibrationRequest], str]
 """Runs `trainer.calibrate.calibrate` where the job will train; returns its JSON."""
 LIMIT_S = 600.0
 
 
-def known_calibration(shape: ModelShape, training: Training, device: str) -> Calibration | None:
+def known_calibration(facts: ModelFacts, train: TrainSpec, device: str) -> Calibration | None:
     """What was measured before for this model, training and device."""
-    return load_calibration(default_cache_root(), calibration_key(shape, training, device))
+    return load_calibration(default_cache_root(), key_of(facts, train, device))
+
+
+def key_of(facts: ModelFacts, train: TrainSpec, device: str) -> dict[str, Any]:
+    source = f" {train.model.id} {train.model.revision}" if isinstance(train.model, Model) else ""
+    return calibration_key(shape_of(facts), training_of(train), device, f"{facts.family}{source}")
 
 
 def not_measured(device: str) -> JobError:
@@ -48,25 +54,49 @@ def not_measured(device: str) -> JobError:
     )
 
 
+def not_on_gpu() -> JobError:
+    return JobError(
+        "layers cannot be measured on a GPU yet",
+        at="memory.profile",
+        why="what a layer keeps and needs is read off the events of the CPU allocator",
+        try_="--set memory.profile=auto, which plans with the analytic profile there",
+    )
+
+
 def measured_calibration(
-    job: SFTJob, train: TrainSpec, shape: ModelShape, training: Training, device: str, measure: Measure
+    job: SFTJob, train: TrainSpec, facts: ModelFacts, device: str, measure: Measure
 ) -> Calibration:
-    """Measure, and keep it."""
-    key = calibration_key(shape, training, device)
-    found = Measured.model_validate_json(measure(request_of(job, train, shape, key["gradients"])))
+    """Measure, and keep it.
+
+    Raises:
+        JobError: the cache cannot be written.
+        RunFailed: measuring failed.
+    """
+    key = key_of(facts, train, device)
+    found = Measured.model_validate_json(measure(request_of(job, train, facts, key["gradients"])))
     calibration = Calibration(key=key, profile=found.profile, links=found.links)
-    save_calibration(default_cache_root(), calibration)
+    path = calibration_path(default_cache_root(), key)
+    try:
+        write_atomically(path, calibration.model_dump_json(indent=1))
+    except OSError as error:
+        raise JobError(
+            "what was measured cannot be kept",
+            at=str(path),
+            why=f"the system says: {error.strerror}",
+            try_="free space there, set FARSPAN_CACHE to another folder, or --set memory.profile=analytic",
+        ) from error
     return calibration
 
 
-def request_of(job: SFTJob, train: TrainSpec, shape: ModelShape, gradients: str) -> CalibrationRequest:
+def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str) -> CalibrationRequest:
+    shape, tile = shape_of(facts), training_of(train).mlp_tile
     folder = split_disk(job.memory.disk)[0] or str(job.run_dir.parent) if job.memory.disk else None
     return CalibrationRequest.model_validate(
         {
             "model": train.model,
             "adapter": train.adapter,
             "precision": train.precision,
-            "memory": train.memory,
+            "memory": {"loss_tile": train.memory.loss_tile, "mlp_tile": tile or "off"},
             "context": train.data.context,
             "sp": train.mesh.sp,
             "kinds": tuple(shape.form(layer).name for layer in range(shape.layers)),
@@ -93,18 +123,25 @@ def measure_here(request: CalibrationRequest, *, threads: int) -> str:
     with tempfile.TemporaryDirectory(prefix="farspan-calibrate-") as folder:
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(request.model_dump_json(), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "farspan.trainer.calibrate", str(asked), str(answer)],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-        )
-        if done.returncode != 0:
-            raise RunFailed(
-                "measuring a layer of the model failed",
-                at="memory.profile",
-                why=" ".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.returncode}",
-                try_="--set memory.profile=analytic",
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "farspan.trainer.calibrate", str(asked), str(answer)],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
             )
+        except subprocess.TimeoutExpired:
+            raise _failed(f"no answer after {LIMIT_S:g} s") from None
+        if done.returncode != 0:
+            raise _failed(" ".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.returncode}")
         return answer.read_text(encoding="utf-8")
+
+
+def _failed(why: str) -> RunFailed:
+    return RunFailed(
+        "measuring a layer of the model failed",
+        at="memory.profile",
+        why=why,
+        try_="--set memory.profile=analytic",
+    )

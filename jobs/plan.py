@@ -202,6 +202,7 @@ def training_of(train: TrainSpec) -> Training:
             dropout=train.adapter.dropout > 0,
             whole=tuple(n for n in WHOLE_MODULES if n in train.adapter.modules_to_save),
         )
+    tile, rows = train.memory.mlp_tile, -(-train.data.context // train.mesh.sp)
     return Training(
         precision=train.precision,
         adapter=adapter,
@@ -210,7 +211,7 @@ def training_of(train: TrainSpec) -> Training:
         dp=train.mesh.dp,
         sp=train.mesh.sp,
         loss_tile=train.memory.loss_tile,
-        mlp_tile=None if train.memory.mlp_tile == "off" else train.memory.mlp_tile,
+        mlp_tile=None if tile == "off" or rows <= tile else tile,  # rows of one tile run untiled
         micro_batches=train.accumulation,
     )
 

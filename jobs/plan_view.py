@@ -11,7 +11,7 @@ from farspan.jobs.calibrate import device_name, known_calibration, measure_here,
 from farspan.jobs.facts import hardware_of, machine_beside, model_facts
 from farspan.jobs.load import Loaded
 from farspan.jobs.mesh import by_prediction
-from farspan.jobs.plan import Planned, longest_context, plan, shape_of, size, training_of
+from farspan.jobs.plan import Planned, longest_context, plan, size
 from farspan.jobs.resolve import batch_chain, mesh_reason, resolve
 from farspan.memory.plan import TIERS, LayerPlan, Placement
 
@@ -34,7 +34,7 @@ def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tupl
     facts, machine = model_facts(job.model), machine_beside(job)
     resolved = resolve(job, facts, machine, loaded.origins, by_prediction(job, facts, machine))
     hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)
-    shape, training, device = shape_of(facts), training_of(resolved.train), device_name(machine)
+    device = device_name(machine)
     calibration = None
     if measure:
         if job.memory.hardware != "auto":
@@ -46,9 +46,9 @@ def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tupl
             )
         threads = max(1, int(resolved.gang.cluster.cpus_per_actor))
         here = partial(measure_here, threads=threads)
-        calibration = measured_calibration(job, resolved.train, shape, training, device, here)
+        calibration = measured_calibration(job, resolved.train, facts, device, here)
     elif job.memory.profile != "analytic" and job.memory.hardware == "auto":
-        calibration = known_calibration(shape, training, device)
+        calibration = known_calibration(facts, resolved.train, device)
         if calibration is None and job.memory.profile == "measured":
             raise not_measured(device)
     tokens = longest_context(job, resolved.train, facts, hardware, calibration) if longest else None

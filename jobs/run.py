@@ -142,21 +142,22 @@ def _calibration(
 ) -> Calibration | None:
     """What was measured for this job on this machine, or is now, where it can change the plan."""
     from farspan.cluster.measure import measure_on_cluster
-    from farspan.jobs.calibrate import device_name, known_calibration, measured_calibration
-    from farspan.jobs.plan import is_scarce, shape_of, training_of
+    from farspan.jobs.calibrate import device_name, known_calibration, measured_calibration, not_on_gpu
+    from farspan.jobs.plan import is_scarce
 
-    if job.memory.profile == "analytic" or job.memory.hardware != "auto":
-        return None
     train, gang, device = resolved.train, resolved.gang, device_name(here)
-    shape, training = shape_of(facts), training_of(train)
     wanted = job.memory.profile == "measured"
-    found = known_calibration(shape, training, device)
+    if wanted and gang.use_gpu:
+        raise not_on_gpu()
+    if job.memory.profile == "analytic" or job.memory.hardware != "auto" or gang.use_gpu:
+        return None
+    found = known_calibration(facts, train, device)
     if found is not None or not (wanted or is_scarce(job, train, facts, hardware)):
         return found
     why = "asked for" if wanted else "not counted otherwise" if facts.must_be_measured else "memory is scarce"
     _say(console, "profile", f"measuring a layer of each kind: {why}")
-    measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor, use_gpu=gang.use_gpu)
-    return measured_calibration(job, train, shape, training, device, measure)
+    measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor)
+    return measured_calibration(job, train, facts, device, measure)
 
 
 def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Console) -> Resolved:
@@ -168,7 +169,7 @@ def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Co
             f"memory.plan={policy} needs a prediction, and layers of this model have none that is analytic",
             at="memory.plan",
             why="what experts and recurrences keep depends on their kernels, so it has to be measured",
-            try_="--set memory.profile=measured, or --set memory.plan=keep, or --set memory.plan=recompute",
+            try_="--set memory.plan=keep, --set memory.plan=recompute, or, on CPU, --set memory.profile=auto",
         )
     rows = -(-resolved.train.data.context // resolved.train.mesh.sp)
     _say(console, "plan", f"{policy}, not predicted: layers that were not measured")

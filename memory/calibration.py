@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from farspan.memory.hardware import Hardware
 from farspan.memory.problem import Budgets, Links, PlanProblem
 from farspan.memory.profile import Amount, HeadProfile, KindProfile, Profile, Source
 from farspan.memory.shape import ModelShape, Training, Weights
-from farspan.memory.states import model_states, optimizer_s, step_peak_bytes
+from farspan.memory.states import gradient_width, model_states, optimizer_s, step_peak_bytes
 from farspan.schema import Schema
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Of what a profile means; a higher one forgets all calibrations."""
 
 
@@ -49,15 +48,18 @@ class Calibration(Measured):
     key: dict[str, Any]
 
 
-def calibration_key(shape: ModelShape, training: Training, device: str) -> dict[str, Any]:
+def calibration_key(shape: ModelShape, training: Training, device: str, model: str) -> dict[str, Any]:
     """All that a profile depends on. Ranks of other groups, and how states are shared out, are not among it, except
-    that they decide what becomes of gradients."""
-    from farspan.memory.states import gradient_width
+    that they decide what becomes of gradients.
 
+    Args:
+        model: which model it is, beyond its shape: families of the same shape have other biases, norms, experts.
+    """
     neutral = {"dp": 1, "zero": 0, "cpu_offload": False, "micro_batches": 1}
     return {
         "code": CODE_VERSION,
         "device": device,
+        "model": model,
         "shape": shape.model_dump(mode="json", exclude={"layers", "tied", "forms"}),
         "kinds": sorted({shape.form(layer).name for layer in range(shape.layers)}),
         "tied": shape.tied,
@@ -86,16 +88,6 @@ def load_calibration(folder: Path, key: dict[str, Any]) -> Calibration | None:
     except (OSError, ValidationError, UnicodeDecodeError):
         return None
     return found if found.key == key else None
-
-
-def save_calibration(folder: Path, calibration: Calibration) -> Path:
-    """Write it, whole or not at all."""
-    path = calibration_path(folder, calibration.key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(calibration.model_dump_json(indent=1), encoding="utf-8")
-    beside.replace(path)
-    return path
 
 
 def calibrated_problem(
@@ -129,7 +121,7 @@ def calibrated_problem(
                 "layers": names,
                 "kinds": tuple(with_exchange(kind) for kind in profile.kinds),
                 "head": HeadProfile.model_validate(head.model_dump()),
-                # tiles were varied while measuring: the lines hold where rows fill more than one
+                # `--longest` also asks for contexts of a single tile, which run untiled and need a little more
                 "mlp_tile": profile.mlp_tile if (profile.mlp_tile or 0) < -(-context // training.sp) else None,
             }
         ),

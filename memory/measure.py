@@ -68,7 +68,7 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
     finally:
         subject.set_tile(None)
     return Profile(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device="cpu",
         torch_version=torch.__version__,
         sp=sp,
         mlp_tile=mlp_tile,
@@ -119,18 +119,13 @@ def _head_allocations(subject: Subject, sample: HeadSample, rows: int, tile: int
         return _Arrival.apply(x, anchor)
 
     _head_run(subject, arrive, rows)
-    clear_gradients(subject)
+    _clear_gradients(subject)
     held.clear()
     took = footprint(lambda: _head_run(subject, arrive, rows), device)
     events = [size for _, size in took.events]
-    marks = [at for at, size in enumerate(events) if size == MARK_BYTES]
-    if marks:
-        assert len(marks) == 2, marks
-        sample.held.append(Run(rows, tile, tuple(events[: marks[0]])))
-        sample.work.append(Run(rows, tile, tuple(events[: marks[1]])))
-    else:
-        sample.held.append(Run(rows, tile, ()))
-        sample.work.append(Run(rows, tile, (took.peak_bytes,)))
+    arrived, returned = [at for at, size in enumerate(events) if size == MARK_BYTES]
+    sample.held.append(Run(rows, tile, tuple(events[:arrived])))
+    sample.work.append(Run(rows, tile, tuple(events[:returned])))
     sizes = {id(p): p.grad.nbytes for p in subject.model.parameters() if p.grad is not None}
     sizes |= {id(p): p.nbytes for p in _outside(subject)}
     inside = {id(p) for layer in subject.layers for p in layer.parameters()}
@@ -141,7 +136,7 @@ def _head_allocations(subject: Subject, sample: HeadSample, rows: int, tile: int
         p.grad = None
 
 
-def clear_gradients(subject: Subject) -> None:
+def _clear_gradients(subject: Subject) -> None:
     """Gradients of what is outside the layers, as they are before its backward."""
     for p in _outside(subject):
         p.grad = torch.zeros_like(p) if subject.gradients == "added" else None
@@ -165,8 +160,7 @@ def _head_run(subject: Subject, arrive: Callable[[Any, Tensor], Tensor], rows: i
 
 
 def _head_seconds(subject: Subject, rows: int) -> float:
-    clear_gradients(subject)
-
+    _clear_gradients(subject)
     anchor = torch.empty(0, device=subject.embedding.weight.device, requires_grad=True)
 
     def arrive(_: Any, x: Tensor) -> Tensor:

@@ -128,11 +128,8 @@ class LayerAllocations(_Layer):
 
     def _note(self, what: str, function: Callable[[], object]) -> None:
         took = footprint(function, self.device)
-        if took.events:  # those after the mark; before it is made what `function` releases later
-            sizes = [size for _, size in took.events]
-            events = tuple(sizes[sizes.index(-MARK_BYTES) + 1 :])
-        else:
-            events = (took.peak_bytes, took.kept_bytes - took.peak_bytes)
+        sizes = [size for _, size in took.events]
+        events = tuple(sizes[sizes.index(-MARK_BYTES) + 1 :])
         self.sample.runs.setdefault(what, []).append(Run(self.rows, self.tile, events))
 
     def _inputs(self) -> tuple[Tensor, Tensor] | None:

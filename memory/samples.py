@@ -120,6 +120,7 @@ def _booked(gradients: Gradients, size_bytes: int) -> Size:
 
 
 def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile: int | None) -> KindProfile:
+    """What a layer costs at any number of rows."""
     tile, runs, timed = mlp_tile or 0, sample.runs, sample.timed
     keep = fit_end(runs["keep forward"], tile_rows=tile)
     kept = Size(keep.constant, keep.per_row, keep.per_tile_row)
@@ -161,17 +162,17 @@ def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile
 
 def _attention(sample: LayerSample) -> AttentionProfile:
     times = []
-    for rows, seconds in sample.timed.items():
+    for seconds in sample.timed.values():
         if "attention forward" in seconds:
             seen = int(seconds["rows of attention"])
             pairs = attended_pairs(seen, sample.window)
             forward_s, backward_s = seconds["attention forward"] / pairs, seconds["attention backward"] / pairs
             times.append(PairTime(rows=seen, forward_s=forward_s, backward_s=backward_s))
-        assert rows in TIMED_ROWS
     return AttentionProfile(window=sample.window, pair_times=tuple(times), o_bytes_per_row=sample.o_bytes_per_row)
 
 
 def head_profile(sample: HeadSample, gradients: Gradients, loss_tile: int) -> HeadProfile:
+    """What embedding, final norm and loss cost at any number of rows; the optimizer is not in it."""
     x = Size(per_row=sample.x_bytes_per_row)
     held = fit_end(sample.held, tile_rows=0)
     beside = Size(held.constant, held.per_row).plus(x, -1)

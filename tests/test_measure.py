@@ -17,7 +17,6 @@ from farspan.memory.calibration import (
     calibration_key,
     calibration_path,
     load_calibration,
-    save_calibration,
     sources_of,
 )
 from farspan.memory.hardware import load_hardware
@@ -125,26 +124,29 @@ def test_a_lone_rank_exchanges_buffers_of_the_right_size() -> None:
     assert q.grad is not None and q.grad.shape == q.shape
 
 
-def test_calibrations_are_kept_by_what_they_depend_on(here: Here, tmp_path: Path) -> None:
+def test_calibrations_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
     config = bench.CONFIGS["full fp32"]
     shape, training = bench.shape_of(config), bench.training_of(config)
-    key = calibration_key(shape, training, "cpu: some")
+    key = calibration_key(shape, training, "cpu: some", "llama")
     measured = Measured(profile=analytic_profile(shape, training, CPU), links=bench_links())
     calibration = Calibration(key=key, profile=measured.profile, links=measured.links)
+    path = calibration_path(tmp_path, key)
     assert load_calibration(tmp_path, key) is None
-    save_calibration(tmp_path, calibration)
+    path.parent.mkdir(parents=True)
+    path.write_text(calibration.model_dump_json())
     assert load_calibration(tmp_path, key) == calibration
     deeper = shape.model_copy(update={"layers": 80})
-    assert load_calibration(tmp_path, calibration_key(deeper, training, "cpu: some")) == calibration
+    assert load_calibration(tmp_path, calibration_key(deeper, training, "cpu: some", "llama")) == calibration
     sharded = training.model_copy(update={"dp": 4})
-    assert calibration_key(shape, sharded, "cpu: some") != key  # then gradients are handed on
+    assert calibration_key(shape, sharded, "cpu: some", "llama") != key  # then gradients are handed on
     for other in (
-        calibration_key(shape, training, "cpu: other"),
-        calibration_key(shape.model_copy(update={"ffn": 345}), training, "cpu: some"),
-        calibration_key(shape, training.model_copy(update={"precision": "bf16"}), "cpu: some"),
+        calibration_key(shape, training, "cpu: other", "llama"),
+        calibration_key(shape, training, "cpu: some", "qwen2"),
+        calibration_key(shape.model_copy(update={"ffn": 345}), training, "cpu: some", "llama"),
+        calibration_key(shape, training.model_copy(update={"precision": "bf16"}), "cpu: some", "llama"),
     ):
         assert load_calibration(tmp_path, other) is None
-    calibration_path(tmp_path, key).write_text("{")
+    path.write_text("{")
     assert load_calibration(tmp_path, key) is None
 
 

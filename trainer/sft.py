@@ -112,7 +112,7 @@ class Trainer:
             self.clock.spans = [] if step == first + 1 and self.grid.rank == 0 else None
             self.memory.reset()
             started = time.perf_counter()
-            record = self._first_step(step) if self._is_first(step) else self.train_step(step)
+            record = self._counted_step(step) if step == first and self.grid.rank == 0 else self.train_step(step)
             if last or _due(step, spec.evaluate.every):
                 record["eval_loss"] = self.evaluate()
             if last or _due(step, spec.checkpoint.every):
@@ -122,11 +122,8 @@ class Trainer:
             saved = self.checkpointer.wait()
         return TrainResult("done", self.position["step"], self.record, str(saved.path if saved else self.restored))
 
-    def _is_first(self, step: int) -> bool:
-        """Of this attempt, on the rank that reports."""
-        return self.grid.rank == 0 and not self.record
-
-    def _first_step(self, step: int) -> dict[str, Any]:
+    def _counted_step(self, step: int) -> dict[str, Any]:
+        """With what CPU tensors take meanwhile."""
         arena = self.tiers.arena_address if self.tiers is not None else None
         return self.memory.counted(lambda: self.train_step(step), besides=arena)
 
