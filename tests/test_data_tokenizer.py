@@ -152,3 +152,14 @@ def test_an_id_that_is_no_folder_and_not_on_a_hub(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(DataError, match="neither a folder nor a hub id"):
         tokenizer_fingerprint(Model("owner/name"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2"])
+def test_a_model_without_tokenizer_files_is_refused(tmp_path: Path, family: str) -> None:
+    """transformers makes an empty tokenizer for some families; training on what it encodes ends with a loss of 0."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 300}))
+    assert AutoTokenizer.from_pretrained(tmp_path)("some text")["input_ids"] == []
+    (tmp_path / "data.txt").write_text(TEXTS[0])
+    data = TextData(str(tmp_path / "data.txt"))
+    with pytest.raises(DataError, match="the tokenizer is empty"):
+        write_tokenizer(Model(str(tmp_path)), data, enumerate_inputs(data).shards, tmp_path / "tokenizer")

@@ -115,7 +115,7 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... from here
         raise DataError(
             "the tokenizer cannot be loaded",
@@ -123,6 +123,14 @@ def load_tokenizer(folder: str) -> Any:
             why=f"transformers says {type(error).__name__}: {str(error)[:400]}",
             try_="set model.tokenizer to a hub id or folder that AutoTokenizer opens",
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(
+            "the tokenizer is empty",
+            at=folder,
+            why="there are no tokenizer files; transformers makes one that knows no text and encodes all of it to nothing",
+            try_="set model.tokenizer to a hub id or folder that has tokenizer.json",
+        )
+    return tokenizer
 
 
 def load_encoder(folder: Path) -> Encoder:
