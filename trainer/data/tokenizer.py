@@ -127,7 +127,7 @@ def load_tokenizer(folder: str) -> Any:
         raise DataError(
             "the tokenizer is empty",
             at=folder,
-            why="there are no tokenizer files; transformers makes one that knows no text and encodes all of it to nothing",
+            why="without tokenizer files transformers makes one that knows no text and encodes all of it to nothing",
             try_="set model.tokenizer to a hub id or folder that has tokenizer.json",
         )
     return tokenizer
