@@ -101,13 +101,12 @@ class LayerCost:
     """A layer's plan in bytes and seconds."""
 
     __slots__ = (
-        "attention_s", "device", "disk", "given", "host", "inner_s",
-        "keep", "o", "rebuild_bytes", "rebuild_s", "stored", "x",
+        "attention_s", "device", "disk", "host", "inner_s", "keep", "o", "rebuild_bytes", "rebuild_s", "stored", "x",
     )  # fmt: skip
 
     def __init__(self, kind: LayerKind, plan: LayerPlan, rows: int, attention_rows: int) -> None:
         self.keep = plan.keep
-        self.device = self.host = self.disk = self.o = self.x = self.given = 0
+        self.device = self.host = self.disk = self.o = self.x = given = 0
         self.inner_s = self.rebuild_s = kind.elementwise_s + kind.exchange_s
         if plan.x is not None:
             assert plan.x.stored == rows, f"{plan.x} of {rows} rows: a segment's head stores all rows of x"
@@ -123,12 +122,12 @@ class LayerCost:
             if (stored := plan.linear.get(linear.name)) is not None:
                 assert stored.stored <= rows, (linear.name, stored)
                 size = self._add(stored, linear.bytes, rows)
-                self.given += 0 if linear.inner_only else size
+                given += 0 if linear.inner_only else size
                 matmul_s *= 1.0 - stored.stored / rows
             self.inner_s += matmul_s
             self.rebuild_s += 0.0 if linear.inner_only else matmul_s
         self.stored = self.device + self.host + self.disk
-        self.rebuild_bytes = max(0, kind.rebuild_peak_bytes - self.given)
+        self.rebuild_bytes = max(0, kind.rebuild_peak_bytes - given)
 
     def _add(self, rows: Rows, total_bytes: int, whole: int) -> int:
         sizes = [share_bytes(total_bytes, rows.on(tier), whole) for tier in TIERS]

@@ -63,6 +63,8 @@ class Executor:
             classes = linear_classes(layer)
             missing = plan.linear.keys() - classes.keys() - {TILED_MLP}
             assert not missing, f"layer {index} has no {missing}"
+            partly = [name for name, rows in plan.linear.items() if rows.stored != placement.rows]
+            assert not partly, f"layer {index}: linear layers run on whole tensors, so {partly} are stored whole"
             for name in classes.keys() & {*plan.linear, *self.hollow}:
                 route_linear(classes[name], name)
 
