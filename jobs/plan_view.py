@@ -148,6 +148,7 @@ def part_rows(planned: Planned) -> list[tuple[str, float]]:
         ("rebuild, linear", parts.rebuild_linear_s),
         ("rebuild, attention", parts.rebuild_attention_s),
         ("inner forwards", parts.inner_forward_s),
+        ("copying saved tensors", parts.forward_copies_s + parts.backward_copies_s),
         ("loss head", parts.head_s),
         ("optimizer", parts.optimizer_s),
         *((f"waiting for {lane.replace('_', ' ')}", seconds) for lane, seconds in parts.stall_s.items()),

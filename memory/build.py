@@ -9,8 +9,8 @@ import math
 
 from farspan.memory.analytic import WorkingSet, analytic_profile
 from farspan.memory.hardware import Hardware
-from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
-from farspan.memory.profile import HeadProfile, KindProfile, LinearProfile, Profile
+from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, OnHost, PlanProblem, State
+from farspan.memory.profile import HeadProfile, KindProfile, LinearProfile, OnHostProfile, Profile
 from farspan.memory.shape import ModelShape, Training
 from farspan.memory.states import model_states, weights_of
 
@@ -108,6 +108,20 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
         rebuild_peak_bytes=kind.rebuild_peak.bytes_at(rows),
         keep_backward_peak_bytes=kind.keep_backward_peak.bytes_at(rows),
         gradient_bytes=kind.gradient_bytes,
+        on_host=None if kind.on_host is None else _on_host(kind.on_host, rows),
+    )
+
+
+def _on_host(kind: OnHostProfile, rows: int) -> OnHost:
+    return OnHost(
+        keep_bytes=math.ceil(kind.keep_bytes.at(rows)),
+        keep_forward_peak_bytes=kind.keep_forward_peak.bytes_at(rows),
+        keep_backward_peak_bytes=kind.keep_backward_peak.bytes_at(rows),
+        rebuild_peak_bytes=kind.rebuild_peak.bytes_at(rows),
+        keep_host_bytes=math.ceil(kind.keep_host_bytes.at(rows)),
+        keep_fetched_bytes=math.ceil(kind.keep_fetched_bytes.at(rows)),
+        rebuild_host_bytes=math.ceil(kind.rebuild_host_bytes.at(rows)),
+        rebuild_fetched_bytes=math.ceil(kind.rebuild_fetched_bytes.at(rows)),
     )
 
 

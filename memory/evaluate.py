@@ -33,6 +33,10 @@ class Parts(Schema):
     """Attention of rows whose O was not stored, in inner forwards and rebuilds alike."""
     inner_forward_s: float = 0.0
     """Forward without attention run again to obtain the inputs of a segment's layers."""
+    forward_copies_s: float = 0.0
+    """Compute copying saved tensors of kept layers to host memory."""
+    backward_copies_s: float = 0.0
+    """Compute copying saved tensors back, and in rebuilds to host memory."""
     head_s: float = 0.0
     optimizer_s: float = 0.0
     stall_s: dict[TransferLane, float] = Field(default_factory=dict)
@@ -178,6 +182,18 @@ class Walk:
         links = self.problem.links
         return sum(size / getattr(links, f"{lane}_bytes_per_s") for lane, size in self.moved.items())
 
+    def saved_copies(self, out_bytes: int, back_bytes: int, part: str) -> float:
+        """Compute copies saved tensors, whose room on the host is taken from now on: seconds."""
+        if not out_bytes and not back_bytes:
+            return 0.0
+        links = self.problem.links
+        self.host_changes.append((self.now_s, out_bytes))
+        self.moved["copy_out"] += out_bytes
+        self.moved["copy_in"] += back_bytes
+        seconds = out_bytes / links.copy_out_bytes_per_s + back_bytes / links.copy_in_bytes_per_s
+        self.seconds[part] += seconds
+        return seconds
+
     def moment(self, what: str, layer: int, working: int, seconds: float, part: str, more_s: float = 0.0) -> None:
         """Runs one piece of compute; `working` bytes live as long as it does. The caller books what `more_s` is for."""
         while self.left < len(self.leaving) and self.leaving[self.left][0] <= self.now_s:
@@ -218,10 +234,11 @@ class Walk:
                 copied_s, written_s = self.done[-slots - 1]
                 self.wait("copy_out", copied_s)
                 self.wait("disk_write", written_s)
-            working = kind.x_bytes + kind.forward_peak_bytes
+            working, copies_s = kind.x_bytes + kind.forward_peak_bytes, 0.0
             if cost.keep and layer >= frozen:
                 working = kind.x_bytes + kind.keep_bytes + kind.keep_forward_peak_bytes
-            self.moment("forward", layer, working, kind.forward_s, "forward_s", kind.attention_forward_s)
+                copies_s = self.saved_copies(kind.keep_host_bytes, 0, "forward_copies_s")
+            self.moment("forward", layer, working, kind.forward_s, "forward_s", kind.attention_forward_s + copies_s)
             self.seconds["attention_forward_s"] += kind.attention_forward_s
             if layer >= frozen:
                 self.device += kind.keep_bytes if cost.keep else cost.stored
@@ -288,10 +305,10 @@ class Walk:
     def kept(self, layer: int) -> None:
         kind = self.kinds[layer]
         self.device += self.gradients * kind.gradient_bytes
-        self.moment(
-            "backward", layer, kind.keep_backward_peak_bytes, kind.backward_s, "backward_s", kind.attention_backward_s
-        )
+        more_s = kind.attention_backward_s + self.saved_copies(0, kind.keep_fetched_bytes, "backward_copies_s")
+        self.moment("backward", layer, kind.keep_backward_peak_bytes, kind.backward_s, "backward_s", more_s)
         self.seconds["attention_backward_s"] += kind.attention_backward_s
+        self.host_changes += [(self.now_s, -kind.keep_host_bytes)] * (kind.keep_host_bytes > 0)
         self.device -= kind.keep_bytes
 
     def segment(self, layers: range) -> None:
@@ -312,7 +329,9 @@ class Walk:
                 self.device += kind.o_bytes - cost.o
             working = cost.rebuild_bytes + (0 if inputs else own_input)
             again_s = cost.rebuild_s + attention_s + kind.attention_backward_s
+            again_s += self.saved_copies(kind.rebuild_host_bytes, kind.rebuild_fetched_bytes, "backward_copies_s")
             self.moment("rebuild and backward", layer, working, kind.backward_s, "backward_s", again_s)
+            self.host_changes += [(self.now_s, -kind.rebuild_host_bytes)] * (kind.rebuild_host_bytes > 0)
             self.device -= cost.stored + kind.o_bytes - cost.o + (own_input if inputs else 0)
 
     def inner_forward(self, layers: range, *, first: bool, keep_inputs: bool) -> None:
@@ -366,11 +385,20 @@ class Evaluator:
             found.append(self._costs[key][1])
         return found
 
+    def saved_copies_s(self, kind: LayerKind) -> tuple[float, float]:
+        """Seconds that compute copies saved tensors of a layer: kept, rebuilt."""
+        out, back = self.problem.links.copy_out_bytes_per_s, self.problem.links.copy_in_bytes_per_s
+        return (
+            kind.keep_host_bytes / out + kind.keep_fetched_bytes / back,
+            kind.rebuild_host_bytes / out + kind.rebuild_fetched_bytes / back,
+        )
+
     def walk(self, placement: Placement, *, picture: bool = False) -> Walk:
         problem = self.problem
         assert (placement.rows, placement.attention_rows) == (problem.rows, problem.attention_rows), "other rows"
         assert len(placement.layers) == len(self.kinds), "other layers"
         assert placement.frozen_below == problem.frozen_below, "other layers frozen"
+        assert placement.saved == problem.saved, "numbers for saved tensors elsewhere"
         return Walk(self, placement, picture)
 
     def used(self, walk: Walk) -> dict[str, int]:
@@ -424,4 +452,4 @@ def evaluate(problem: PlanProblem, placement: Placement, *, timeline: bool = Fal
     Bytes are absolute and per rank, model states included; seconds are of the whole step. With `timeline` the
     prediction carries every lane's intervals and the levels of device and host over time.
     """
-    return Evaluator(problem).prediction(placement, timeline=timeline)
+    return Evaluator(problem.saving(placement.saved)).prediction(placement, timeline=timeline)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from farspan.errors import JobError
 from farspan.kernels.attention import KnownRows
 from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
 from farspan.memory.plan import Placement, Rows
+from farspan.memory.saved import saved_on_host
 from farspan.memory.tiered import DeviceLedger, TieredRows
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Executor:
         self, layers: list[nn.Module], placement: Placement, store: Store | None = None, *, hollow: bool = False
     ) -> None:
         assert len(layers) == len(placement.layers), (len(layers), len(placement.layers))
+        assert placement.saved == "device" or store is not None, "saved tensors on the host need a store"
         self.layers, self.placement, self.store = layers, placement, store
         self.hollow = frozenset([HOLLOW]) if hollow else frozenset()
         self.ledger = DeviceLedger()
@@ -73,6 +76,7 @@ class Executor:
         """Inside, forwards store what `placement` says; it may differ from this executor's in numbers of rows only."""
         own = self.placement
         assert placement.units() == self.units, "other segments would need other nodes"
+        assert placement.saved == self.placement.saved
         assert [plan.linear.keys() for plan in placement.layers] == [plan.linear.keys() for plan in own.layers]
         self.placement = placement
         try:
@@ -80,8 +84,17 @@ class Executor:
         finally:
             self.placement = own
 
+    def saving(self, index: int, call: partial[Any], *held: Tensor) -> AbstractContextManager[None]:
+        """Around a run of a layer with autograd; `held` by whoever runs it."""
+        if self.placement.saved == "device" or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        assert self.store is not None
+        staying = (call.args, call.keywords, held)
+        return saved_on_host(self.store, self.layers[index], staying, f"what layer {index} saves")
+
     def _keep(self, index: int, call: partial[Any], x: Tensor) -> Tensor:
-        y = call(x)
+        with self.saving(index, call):
+            y = call(x)
         if self.store is not None:
             self.store.let_go()  # of layers below: after the last layer comes the loss
         tape = self._tape() if self._tape is not None else None
@@ -108,7 +121,7 @@ class Executor:
 class _Layer:
     """What the tape knows of one layer between its forward and its backward."""
 
-    call: Callable[[Tensor], Tensor]
+    call: partial[Any]
     dropout: tuple[Tensor, Tensor | None] | None
     x: TieredRows | None = None
     x_now: Tensor | None = None
@@ -149,7 +162,7 @@ class Tape:
         self.last = -1
         self.autocast = _autocast_state()
 
-    def record(self, index: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    def record(self, index: int, x: Tensor, call: partial[Any]) -> Tensor:
         """First forward of a layer, without autograd."""
         executor, plan = self.executor, self.placement.layers[index]
         if executor.store is not None:
@@ -189,7 +202,12 @@ class Tape:
             self.prefetch(executor.place_of_top[index])
         x = self._input_of(index).detach().requires_grad_(wants_dx)
         frame = self._frame(layer, executor.hollow, again=False)
-        with torch.enable_grad(), self._restored(layer, x.device), frame.active():
+        with (
+            torch.enable_grad(),
+            self._restored(layer, x.device),
+            frame.active(),
+            executor.saving(index, layer.call, x),
+        ):
             edge = get_gradient_edge(layer.call(x))  # nobody reads the output itself: its memory is free again
         del frame
         layer.x_now = layer.o_now = None
@@ -275,7 +293,7 @@ def _complete(layer: _Layer, out: Tensor, lse: Tensor) -> None:
 class _LayerNode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, tape: Tape, index: int, call: Callable[[Tensor], Tensor]
+        ctx: Any, x: Tensor, anchor: Tensor, tape: Tape, index: int, call: partial[Any]
     ) -> Tensor:
         del anchor  # requires grad, so that the node has a backward even where x needs no gradient
         ctx.tape, ctx.index = tape, index

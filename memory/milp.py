@@ -134,6 +134,8 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
     unit_bytes = float(max(1, *limits.values()))
     always_s = sum(k.forward_s + k.attention_forward_s for k in evaluator.kinds) + problem.head.forward_s
     always_s += sum(k.backward_s + k.attention_backward_s for k in trained)
+    saved_s = {name: evaluator.saved_copies_s(kind) for name, kind in by_name.items()}
+    always_s += sum(counts[name] * kept_s for name, (kept_s, _) in saved_s.items())
     unit_s = always_s or 1.0
     program = Program()
     in_bytes: dict[str, list[tuple[int, float]]] = {tier: [] for tier in TIERS}
@@ -151,10 +153,13 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
 
     for name, kind in by_name.items():
         layers = counts[name]
-        again = program.column(layers, (kind.elementwise_s + kind.exchange_s) / unit_s, integer=True)
+        kept_s, rebuilt_s = saved_s[name]
+        again_s = kind.elementwise_s + kind.exchange_s + rebuilt_s - kept_s
+        again = program.column(layers, again_s / unit_s, integer=True)
         head = program.column(layers, integer=True)
         inner = program.column(layers, (kind.elementwise_s + kind.exchange_s) / unit_s)
         kept_bytes.append((again, -kind.keep_bytes / unit_bytes))
+        in_bytes["host"].append((again, -kind.keep_host_bytes / unit_bytes))
         program.row([(head, 1.0), (again, -1.0)], upper=0.0)
         program.row([(inner, 1.0), (again, -1.0)], upper=0.0)
         stored(kind.x_bytes, head, whole=True)
@@ -181,7 +186,8 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
     program.row([*in_bytes["device"], *kept_bytes], upper=(limits["device"] - held) / unit_bytes)
     program.row(in_bytes["device"], upper=(limits["device"] - base - rebuild) / unit_bytes)
     disk_bytes = min(limits["disk"] - fixed["disk"], limits.get("disk_write", INFINITY))
-    program.row(in_bytes["host"], upper=(limits["host"] - fixed["host"]) / unit_bytes)
+    kept_on_host = sum(kind.keep_host_bytes for kind in trained)
+    program.row(in_bytes["host"], upper=(limits["host"] - fixed["host"] - kept_on_host) / unit_bytes)
     program.row(in_bytes["disk"], upper=disk_bytes / unit_bytes)
     found = program.solve()
     if found is None:

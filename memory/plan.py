@@ -39,6 +39,13 @@ How a step runs, which is what predicted time and memory stand on:
    they are not made again, so they count once. The gradient that backward has come to is held during all of this. A
    layer that has no O to give runs its attention in every forward.
 5. The optimizer runs once, after the last micro-batch. Gradients of a micro-batch are held through those after it.
+
+With `saved="host"` the tensors that autograd saves, in the forward of a kept layer and in every rebuild, wait in host
+memory: compute itself copies each one out when an operator saves it and back when that operator's backward comes, and
+waits for both, so that these copies are paid in full and use none of the lanes above. Those of a kept layer count as
+host bytes from the start of its forward to the end of its backward, those of a rebuild while rebuild and backward run.
+This takes the least device memory there is, one operator's tensors, and is what torch's `save_on_cpu` does to all
+layers. Outputs of linear layers that a rebuild needs cannot be stored then.
 """
 
 from __future__ import annotations
@@ -52,6 +59,7 @@ from farspan.schema import Schema
 Tier = Literal["device", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 Policy = Literal["keep", "recompute", "offload-inputs", "memo", "ssdtrain", "solve"]
+Saved = Literal["device", "host"]
 POLICIES: tuple[Policy, ...] = ("keep", "recompute", "offload-inputs", "memo", "ssdtrain", "solve")
 
 
@@ -120,6 +128,8 @@ class Placement(Schema):
     """Layers whose copies may be under way during forward."""
     frozen_below: int = Field(default=0, ge=0)
     """Layers below this one need no gradient: they run forward only, and what is said of them does not apply."""
+    saved: Saved = "device"
+    """Where the tensors wait that autograd saves in forwards of kept layers and in rebuilds."""
 
     @model_validator(mode="after")
     def _inputs_can_be_had(self) -> Placement:
@@ -138,7 +148,8 @@ class Placement(Schema):
 
     @property
     def keeps_everything(self) -> bool:
-        return all(layer.keep for layer in self.layers)
+        """Whether training goes as if there were no plan."""
+        return self.saved == "device" and all(layer.keep for layer in self.layers)
 
 
 def keep_everything(layers: int, *, rows: int, attention_rows: int) -> Placement:

@@ -36,6 +36,7 @@ def fixed_policy(problem: PlanProblem, policy: FixedPolicy) -> Placement:
         attention_rows=problem.attention_rows,
         layers=tuple(layers),
         frozen_below=problem.frozen_below,
+        saved=problem.saved,
     )
 
 

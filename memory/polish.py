@@ -78,6 +78,7 @@ def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
         prefetch=shape.prefetch,
         slots=shape.slots,
         frozen_below=problem.frozen_below,
+        saved=problem.saved,
     )
 
 

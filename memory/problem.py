@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from farspan.memory.plan import Tier
+from farspan.memory.plan import Saved, Tier
 from farspan.schema import Schema
 
 
@@ -26,6 +26,25 @@ class LinearClass(Schema):
     else bits differ. None: all or none."""
     inner_only: bool = False
     """Not needed to run the layer's backward, only to obtain the next layer's input (`down_proj`)."""
+
+
+class OnHost(Schema):
+    """A layer whose saved tensors wait in host memory: what the fields of `LayerKind` with the same names are then.
+
+    Saved tensors that are parameters, or that the caller holds apart (the input of a rebuild, position embeddings),
+    stay where they are. What is fetched may be more than what is held: two operators may need one tensor, one after the
+    other.
+    """
+
+    keep_bytes: int
+    """What is left on the device of a kept layer between its forward and its backward."""
+    keep_forward_peak_bytes: int
+    keep_backward_peak_bytes: int
+    rebuild_peak_bytes: int
+    keep_host_bytes: int
+    keep_fetched_bytes: int
+    rebuild_host_bytes: int
+    rebuild_fetched_bytes: int
 
 
 class LayerKind(Schema):
@@ -66,6 +85,34 @@ class LayerKind(Schema):
     """Backward when kept: beyond keep_bytes; with the gradients of output and input included."""
     gradient_bytes: int = 0
     """Parameter gradients that come to exist in this layer's backward and stay until the optimizer step."""
+
+    on_host: OnHost | None = None
+    """None: saved tensors can only wait on the device."""
+    keep_host_bytes: int = 0
+    """Saved tensors on the host from a kept layer's forward to its backward."""
+    keep_fetched_bytes: int = 0
+    """Copied back in a kept layer's backward."""
+    rebuild_host_bytes: int = 0
+    """Saved tensors on the host while a rebuild and its backward run."""
+    rebuild_fetched_bytes: int = 0
+    """Copied back in a rebuilt layer's backward."""
+
+    def saving_on_host(self) -> LayerKind:
+        """The same layer with its saved tensors on the host.
+
+        The rebuild then makes each of its linear outputs anew: one that were stored would be on the device from the
+        start instead of when it is used.
+        """
+        assert self.on_host is not None, self.name
+        again_s = sum(linear.matmul_s for linear in self.linear if not linear.inner_only)
+        return self.model_copy(
+            update={
+                **self.on_host.model_dump(),
+                "on_host": None,
+                "linear": tuple(linear for linear in self.linear if linear.inner_only),
+                "elementwise_s": self.elementwise_s + again_s,
+            }
+        )
 
 
 class State(Schema):
@@ -130,6 +177,20 @@ class PlanProblem(Schema):
     """Micro-batches of one optimizer step; each runs the plan."""
     frozen_below: int = 0
     """Layers below this one need no gradient at all: they run forward only and store nothing."""
+    saved: Saved = "device"
+    """Where the numbers of `kinds` have autograd's saved tensors wait; `saving` makes one from the other."""
 
     def kind(self, layer: int) -> LayerKind:
         return next(kind for kind in self.kinds if kind.name == self.layers[layer])
+
+    @property
+    def can_save_on_host(self) -> bool:
+        """Whether `saving("host")` is known."""
+        return self.saved == "host" or all(kind.on_host is not None for kind in self.kinds)
+
+    def saving(self, where: Saved) -> PlanProblem:
+        """The same problem in the numbers of placements that save there."""
+        if where == self.saved:
+            return self
+        assert where == "host" and self.can_save_on_host, (self.saved, where)
+        return self.model_copy(update={"kinds": tuple(kind.saving_on_host() for kind in self.kinds), "saved": where})

@@ -106,6 +106,19 @@ class LinearProfile(Schema):
     inner_only: bool = False
 
 
+class OnHostProfile(Schema):
+    """A layer whose saved tensors wait in host memory: the fields of `problem.OnHost`, as functions of the rows."""
+
+    keep_bytes: Amount
+    keep_forward_peak: Peak
+    keep_backward_peak: Peak
+    rebuild_peak: Peak
+    keep_host_bytes: Amount
+    keep_fetched_bytes: Amount
+    rebuild_host_bytes: Amount
+    rebuild_fetched_bytes: Amount
+
+
 class KindProfile(Schema):
     """Decoder layers that cost the same. The fields are those of `problem.LayerKind`, as functions of the rows."""
 
@@ -126,6 +139,7 @@ class KindProfile(Schema):
     rebuild_peak: Peak
     keep_backward_peak: Peak
     gradient_bytes: int = 0
+    on_host: OnHostProfile | None = None
     weights: Weights | None = None
     """Of one layer, where it was measured."""
 

@@ -157,6 +157,7 @@ class RowProgram:
             passes = sum(last[n] - n if self.shape.between == "o" else n < last[n] for n in share.layers)
             block.fixed_s += count * (kind.backward_s + kind.attention_backward_s)
             block.fixed_s += (passes + count) * (kind.elementwise_s + kind.exchange_s)
+            block.fixed_s += count * self.evaluator.saved_copies_s(kind)[1]
             if in_heads := sum(n in heads for n in share.layers):
                 share.x = self._stored(in_bytes, in_heads * kind.x_bytes, whole=True)
             if kind.o_bytes:
@@ -206,10 +207,17 @@ class RowProgram:
         if "disk_write" in self.limits:
             room["disk"] = min(room["disk"], self.limits["disk_write"] / self.unit_bytes)
         program.row([(block.tier["disk"], 1.0) for block in self.blocks], upper=room["disk"])
+        kept = self.kinds[self.shape.kept_from :]
+        in_rebuild = room["host"]
+        room["host"] -= sum(kind.keep_host_bytes for kind in kept) / self.unit_bytes
         self.below: list[int] = [program.column(0.0)]
         host = program.column(0.0)
         for block in reversed(self.blocks):
             self.below.append(program.total([(self.below[-1], 1.0), (block.tier["device"], 1.0)]))
+            saved = max(share.kind.rebuild_host_bytes for share in block.shares.values()) / self.unit_bytes
+            if saved:  # the unit that is rebuilt has come back
+                own = 1 - 1 / len(block.units)
+                program.row([(host, 1.0), (block.tier["host"], own)], upper=in_rebuild - saved)
             host = program.total([(host, 1.0), (block.tier["host"], 1.0)])
             staged = max(
                 min(2, block.layers) / block.layers, min(self.shape.prefetch + 1, len(block.units)) / len(block.units)
@@ -346,6 +354,7 @@ class RowProgram:
             solved.value = value * self.unit_s + self.constant_s + self.problem.head.forward_s
             solved.value += sum(kind.forward_s + kind.attention_forward_s for kind in self.kinds)
             solved.value += sum(kind.backward_s + kind.attention_backward_s for kind in kept)
+            solved.value += sum(self.evaluator.saved_copies_s(kind)[0] for kind in kept)
         heads = set(self.shape.starts)
         for share in (share for block in self.blocks for share in block.shares.values()):
             for layer in share.layers:

@@ -129,6 +129,18 @@ class Store:
                 self._lanes.wait("disk_write")
             self._landed.clear()
 
+    def finish(self, stored: Stored) -> None:
+        """Wait until one tensor has been stored; its original is let go.
+
+        Raises:
+            OffloadFailed: a worker failed.
+        """
+        with self._lock:
+            self._enter()
+            while stored._writing:
+                self._lanes.wait("copy_out" if stored.tier == "host" else "disk_write")
+            self._landed.clear()
+
     def put(self, tier: OffTier, tensor: Tensor, *, label: str = "") -> Stored:
         """Store a contiguous tensor; returns at once. The tensor must not be written to until it has been copied.
 
