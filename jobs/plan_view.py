@@ -210,7 +210,7 @@ def layer_shares(placement: Placement, layer: LayerPlan, name: str) -> dict[str,
     """Of one layer's tensor class the share of rows in each place."""
     share = dict.fromkeys(PLACES, 0.0)
     if layer.keep:
-        return share | {"keep": 1.0}
+        return share | {"keep" if placement.saved == "device" else "host": 1.0}
     rows = layer.x if name == "x" else layer.o if name == "O" else layer.linear.get(name)
     whole = placement.attention_rows if name == "O" else placement.rows
     for tier in TIERS:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from farspan.errors import DoesNotFit
 from farspan.memory.climb import climb, lengths
-from farspan.memory.evaluate import Evaluator, Prediction, Walk
+from farspan.memory.evaluate import Evaluator, Prediction, Walk, evaluate
 from farspan.memory.plan import Placement, Tier
 from farspan.memory.policies import FIXED_POLICIES, fixed_policy
 from farspan.memory.polish import Key, best_near, decode
@@ -24,8 +25,28 @@ GIB = 2**30
 def smallest_device(problem: PlanProblem) -> Placement:
     """The placement with the lowest device peak found, within the host's and the disk's budgets.
 
-    Raises DoesNotFit when model states alone exceed the host's or the disk's.
+    With saved tensors on the host only where nothing fits without. Raises DoesNotFit when model states alone exceed the
+    host's or the disk's.
     """
+    found = least_device(problem)
+    if problem.saved == "host" or not problem.can_save_on_host or evaluate(problem, found).fits:
+        return found
+    on_host = least_device(problem.saving("host"))
+
+    def lowest(placement: Placement) -> Key:
+        least = evaluate(problem, placement)
+        return (_elsewhere(least.over_bytes), least.device_peak_bytes, least.step_s)
+
+    return min(found, on_host, key=lowest)
+
+
+def _elsewhere(over_bytes: Mapping[str, int]) -> int:
+    """By how much other budgets than the device's are exceeded."""
+    return sum(over_bytes.get(name, 0) for name in ("host", "disk", "disk_write"))
+
+
+def least_device(problem: PlanProblem) -> Placement:
+    """The same among placements whose saved tensors wait where `problem` says."""
     evaluator = Evaluator(problem)
     for tier in ("host", "disk"):
         if evaluator.fixed[tier] > evaluator.limits[tier]:
@@ -37,8 +58,7 @@ def smallest_device(problem: PlanProblem) -> Placement:
             )
 
     def lowest(walk: Walk) -> Key:
-        over = evaluator.over(walk)
-        return (sum(over.get(name, 0) for name in ("host", "disk", "disk_write")), walk.peak, walk.step_s)
+        return (_elsewhere(evaluator.over(walk)), walk.peak, walk.step_s)
 
     shapes = smallest_shapes(evaluator)
     values: dict[Shape, float] = {}
@@ -77,11 +97,15 @@ def smallest_shapes(evaluator: Evaluator) -> list[Shape]:
 
 def short_bytes(problem: PlanProblem) -> int:
     """About how much memory is missing for any plan to fit; at least 1. `smallest_device` is exact, and slower."""
-    evaluator = Evaluator(problem)
-    states = sum(max(0, evaluator.fixed[tier] - evaluator.limits[tier]) for tier in ("host", "disk"))
-    solved = [RowProgram(evaluator, s, evaluator.limits).solve(least_device=True) for s in smallest_shapes(evaluator)]
-    least = min((found.value for found in solved if found), default=evaluator.fixed["device"])
-    return states + max(1, round(least) - evaluator.limits["device"])
+    evaluators = [Evaluator(problem)]
+    if problem.saved == "device" and problem.can_save_on_host:
+        evaluators.append(Evaluator(problem.saving("host")))
+    fixed, limits = evaluators[0].fixed, evaluators[0].limits
+    states = sum(max(0, fixed[tier] - limits[tier]) for tier in ("host", "disk"))
+    programs = [RowProgram(each, shape, limits) for each in evaluators for shape in smallest_shapes(each)]
+    solved = [program.solve(least_device=True) for program in programs]
+    least = min((found.value for found in solved if found), default=fixed["device"])
+    return states + max(1, round(least) - limits["device"])
 
 
 def does_not_fit(problem: PlanProblem, smallest: Prediction) -> DoesNotFit:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from farspan.memory.capacity import ROUNDS, does_not_fit, smallest_device
+from farspan.memory.capacity import ROUNDS, does_not_fit, least_device, smallest_device
 from farspan.memory.climb import climb, lengths, topped
-from farspan.memory.evaluate import Evaluator, Prediction, Walk
+from farspan.memory.evaluate import Evaluator, Prediction, Walk, evaluate
 from farspan.memory.milp import INFINITY, Bound, bound
 from farspan.memory.plan import Placement
 from farspan.memory.policies import FIXED_POLICIES, fixed_policy
@@ -65,8 +65,8 @@ class Candidate:
     """A feasible placement."""
 
     kind: str
-    family: str | int
-    """A fixed policy's name, or the layers of the longest segment."""
+    family: tuple[object, ...]
+    """Where saved tensors wait; a fixed policy's name, or the layers of the longest segment."""
     placement: Placement
     step_s: float
     lanes_s: float
@@ -85,18 +85,24 @@ def solve(problem: PlanProblem, *, gap: float = 1e-4, time_limit_s: float = 10.0
     Stops when within `gap` of the lower bound or, between two programs, after `time_limit_s` of this thread's own work
     (a busy machine does not change the plan). Raises DoesNotFit, naming the smallest device budget that would do.
     """
-    started_s = time.monotonic()
-    search = Search(problem, gap, time.thread_time() + time_limit_s)
+    started_s, until_s = time.monotonic(), time.thread_time() + time_limit_s
+    search = Search(problem, gap, until_s)
     search.run()
-    if not search.found:
-        assert search.smallest is not None
-        raise does_not_fit(problem, search.evaluator.prediction(search.smallest))
-    best = min(search.found, key=lambda candidate: candidate.order)
-    others = [candidate for candidate in search.found if candidate.family != best.family]
+    found, bound_s = search.found, search.bound_s
+    if problem.saved == "device" and problem.can_save_on_host:
+        on_host = Search(problem.saving("host"), gap, until_s)
+        fastest_s = min((candidate.step_s for candidate in found), default=INFINITY)
+        if on_host.can_beat(fastest_s):
+            on_host.run()
+            found, bound_s = found + on_host.found, min(bound_s, on_host.bound_s)
+    if not found:
+        raise does_not_fit(problem, evaluate(problem, smallest_device(problem)))
+    best = min(found, key=lambda candidate: candidate.order)
+    others = [candidate for candidate in found if candidate.family != best.family]
     second = min(others, key=lambda candidate: candidate.order, default=None)
-    prediction = search.evaluator.prediction(best.placement)
-    assert search.bound_s <= best.step_s * (1 + 1e-6), "a bound that a placement beats"
-    bound_s = min(search.bound_s, best.step_s)
+    prediction = evaluate(problem, best.placement)
+    assert bound_s <= best.step_s * (1 + 1e-6), "a bound that a placement beats"
+    bound_s = min(bound_s, best.step_s)
     return Solution(
         kind=best.kind,
         placement=best.placement,
@@ -111,7 +117,7 @@ def solve(problem: PlanProblem, *, gap: float = 1e-4, time_limit_s: float = 10.0
 
 
 class Search:
-    """What `solve` has found so far."""
+    """What `solve` has found so far of placements that save in one place."""
 
     def __init__(self, problem: PlanProblem, gap: float, until_s: float) -> None:
         self.evaluator = Evaluator(problem)
@@ -119,17 +125,26 @@ class Search:
         self.found: list[Candidate] = []
         self.almost: list[Placement] = []
         """What programs promised and rounding broke, the fastest first."""
-        self.smallest: Placement | None = None
-        self.bounds: dict[int, Bound] = {}
+        self.bounds: dict[int, Bound] | None = None
+        """By longest segment, of what rebuilds a layer; None: not worked out."""
         self.values: dict[Shape, float] = {}
         self.layers = len(problem.layers) - problem.frozen_below
+
+    def can_beat(self, step_s: float) -> bool:
+        """Whether some placement may take less. Looks at copies alone first, which nearly always settles it."""
+        if least_copying_s(self.evaluator) >= step_s:
+            return False
+        self.bounds = bounds(self.evaluator)
+        keep = self.evaluator.walk(fixed_policy(self.problem, "keep"))
+        return min([keep.step_s, *(least.step_s for least in self.bounds.values())]) < step_s
 
     def run(self) -> None:
         for policy in FIXED_POLICIES:
             self.add(fixed_policy(self.problem, policy), policy)
-            if policy == "keep" and self.found:
+            if policy == "keep" and self.found and self.problem.saved == "device":
                 return
-        self.bounds = bounds(self.evaluator)
+        if self.bounds is None:
+            self.bounds = bounds(self.evaluator)
         shapes = [shape for shape in sorted(self.seeds(), key=self.value) if self.value(shape) < INFINITY]
         kinds: dict[tuple[int, int], Shape] = {}
         for shape in shapes:
@@ -147,17 +162,16 @@ class Search:
             if shape not in placed and not self.done():
                 self.place(shape)
         if not self.found:
-            self.smallest = smallest_device(self.problem)
-            self.add(self.smallest)
+            self.add(least_device(self.problem))
         if self.found and not self.done():
             placements = [candidate.placement for candidate in self.found]
             self.add(best_near(self.evaluator, placements, self.fastest, self.almost))
 
     @property
     def bound_s(self) -> float:
-        if not self.bounds:
-            return self.found[0].step_s
-        return min(least.step_s for least in self.bounds.values())
+        rebuilding = [least.step_s for least in (self.bounds or {}).values()]
+        keeping = [found.step_s for found in self.found if not longest_segment(found.placement)]
+        return min([*rebuilding, *keeping], default=INFINITY)
 
     def done(self) -> bool:
         best = min((candidate.step_s for candidate in self.found), default=INFINITY)
@@ -171,9 +185,8 @@ class Search:
         """Takes note of a placement, if it fits."""
         walk = self.evaluator.walk(placement)
         if fits := not self.evaluator.over(walk):
-            family = policy or longest_segment(placement)
-            kind = policy or kind_of(placement)
-            self.found.append(Candidate(kind, family, placement, walk.step_s, walk.lanes_s))
+            family: tuple[object, ...] = (placement.saved, policy or longest_segment(placement))
+            self.found.append(Candidate(kind_of(placement, policy), family, placement, walk.step_s, walk.lanes_s))
         return fits
 
     def value(self, shape: Shape) -> float:
@@ -190,7 +203,7 @@ class Search:
         """
         even: list[Shape] = []
         few = range(self.layers) if self.layers <= FEW_LAYERS else ()
-        for longest, least in self.bounds.items():
+        for longest, least in (self.bounds or {}).items():
             for kept in dict.fromkeys((least.kept, 0, *few)):
                 for between in ("o", "xo") if longest > 2 else ("o",):
                     even.append(even_shape(self.evaluator, -(-(self.layers - kept) // longest), kept, between))
@@ -247,9 +260,28 @@ def least_s(problem: PlanProblem) -> float:
     """No plan takes less; infinity when by its totals none fits. Ten times quicker than `solve`, a few percent less."""
     evaluator = Evaluator(problem)
     kept = evaluator.walk(fixed_policy(problem, "keep"))
-    if not evaluator.over(kept):
+    fits = not evaluator.over(kept)
+    if fits and problem.saved == "device":
         return kept.step_s
-    return min((least.step_s for least in bounds(evaluator).values()), default=INFINITY)
+    found_s = min((least.step_s for least in bounds(evaluator).values()), default=INFINITY)
+    found_s = min(found_s, kept.step_s) if fits else found_s
+    if problem.saved == "device" and problem.can_save_on_host:
+        on_host = problem.saving("host")
+        if least_copying_s(Evaluator(on_host)) < found_s:
+            return min(found_s, least_s(on_host))
+    return found_s
+
+
+def least_copying_s(evaluator: Evaluator) -> float:
+    """No placement takes less, whatever fits: the step without any recomputing, with the copies of saved tensors."""
+    problem, seconds = evaluator.problem, evaluator.problem.head.forward_s
+    for layer, kind in enumerate(evaluator.kinds):
+        seconds += kind.forward_s + kind.attention_forward_s
+        if layer >= problem.frozen_below:
+            kept_s, rebuilt_s = evaluator.saved_copies_s(kind)
+            seconds += kind.backward_s + kind.attention_backward_s
+            seconds += min(kept_s, rebuilt_s + kind.elementwise_s + kind.exchange_s)
+    return seconds * problem.micro_batches + problem.head.step_s
 
 
 def same_s(seconds: float, *, digits: int) -> float:
@@ -261,14 +293,15 @@ def longest_segment(placement: Placement) -> int:
     return max((len(unit) for unit in placement.units() if not placement.layers[unit.start].keep), default=0)
 
 
-def kind_of(placement: Placement) -> str:
+def kind_of(placement: Placement, policy: str = "") -> str:
     """A plan in a few words."""
     kept = sum(layer.keep for layer in placement.layers)
     longest = longest_segment(placement)
-    if longest == 0:
-        return "keep"
-    rebuilt = "each layer from its input" if longest == 1 else f"segments of up to {longest} layers"
-    return f"{rebuilt}, {kept} of {len(placement.layers)} layers kept" if kept else rebuilt
+    found = policy or "keep"
+    if longest and not policy:
+        found = "each layer from its input" if longest == 1 else f"segments of up to {longest} layers"
+        found += f", {kept} of {len(placement.layers)} layers kept" if kept else ""
+    return f"{found}, saved tensors on the host" if placement.saved == "host" else found
 
 
 def bottleneck(evaluator: Evaluator, prediction: Prediction) -> str:
@@ -277,6 +310,7 @@ def bottleneck(evaluator: Evaluator, prediction: Prediction) -> str:
     costs = {
         "recomputing attention": parts.rebuild_attention_s,
         "recomputing linear layers": parts.rebuild_linear_s + parts.inner_forward_s,
+        "copying saved tensors to the host and back": parts.forward_copies_s + parts.backward_copies_s,
         **{f"waiting for {lane.replace('_', ' ')}": seconds for lane, seconds in parts.stall_s.items()},
     }
     name, seconds = max(costs.items(), key=lambda cost: cost[1])
@@ -307,11 +341,11 @@ def longest(problem_at: Callable[[int], PlanProblem], *, step_tokens: int, most_
     guess = fails - 1
     while fails - fits > 1:
         problem = problem_at(guess * step_tokens)
-        evaluator = Evaluator(problem)
-        spare.setdefault(0, evaluator.limits["device"] - evaluator.fixed["device"])
-        walk = evaluator.walk(smallest_device(problem))
-        spare[guess] = evaluator.limits["device"] - walk.peak
-        if evaluator.over(walk):
+        device_bytes = problem.budgets.device_bytes
+        spare.setdefault(0, device_bytes - sum(state.bytes for state in problem.states if state.tier == "device"))
+        least = evaluate(problem, smallest_device(problem))
+        spare[guess] = device_bytes - least.device_peak_bytes
+        if not least.fits:
             stale, fails = fits, guess
         else:
             stale, fits = fails, guess

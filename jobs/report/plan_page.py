@@ -27,6 +27,7 @@ PART_COLOURS = {
     "backward": COLOURS["backward"],
     "rebuild": COLOURS["computed again"],
     "inner forwards": COLOURS["computed again"],
+    "copying": COLOURS["waiting"],
     "loss head": COLOURS["loss head"],
     "optimizer": COLOURS["optimizer"],
     "waiting": COLOURS["waiting"],
