@@ -22,8 +22,9 @@ from farspan.jobs.origins import Origin
 from farspan.jobs.override import apply
 from farspan.jobs.plan import Planned, problem_of, size
 from farspan.jobs.resolve import Resolved, resolve
-from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.evaluate import evaluate
 from farspan.memory.policies import fixed_policy
+from farspan.memory.prediction import Prediction
 from farspan.memory.solve import solve
 from farspan.schema import parse_bytes
 

@@ -16,10 +16,11 @@ from farspan.jobs.facts import ModelFacts
 from farspan.memory.build import problem_for
 from farspan.memory.calibration import Calibration, calibrated_problem, sources_of
 from farspan.memory.config import Tiers, split_disk
-from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.evaluate import evaluate
 from farspan.memory.hardware import Hardware
 from farspan.memory.plan import Placement
 from farspan.memory.policies import fixed_policy
+from farspan.memory.prediction import Prediction
 from farspan.memory.problem import Budgets, PlanProblem
 from farspan.memory.profile import Source
 from farspan.memory.shape import AdapterShape, ModelShape, Training

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from farspan.jobs.plan import Planned
 from farspan.jobs.plan_view import to_json
-from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.evaluate import evaluate
 from farspan.memory.plan import Placement
+from farspan.memory.prediction import Prediction
 from farspan.memory.problem import PlanProblem
 from farspan.trainer.run_folder import write_json
 from farspan.trainer.trace import Span, add_process

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from farspan.errors import DoesNotFit
 from farspan.memory.climb import climb, lengths
-from farspan.memory.evaluate import Evaluator, Prediction, Walk, evaluate
+from farspan.memory.evaluate import Evaluator, Walk, evaluate
 from farspan.memory.plan import Placement, Tier
 from farspan.memory.policies import FIXED_POLICIES, fixed_policy
 from farspan.memory.polish import Key, best_near, decode
+from farspan.memory.prediction import Prediction
 from farspan.memory.problem import PlanProblem
 from farspan.memory.row_program import RowProgram, Shape, even_shape
 

@@ -292,9 +292,7 @@ def _complete(layer: _Layer, out: Tensor, lse: Tensor) -> None:
 
 class _LayerNode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, tape: Tape, index: int, call: partial[Any]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, tape: Tape, index: int, call: partial[Any]) -> Tensor:
         del anchor  # requires grad, so that the node has a backward even where x needs no gradient
         ctx.tape, ctx.index = tape, index
         return tape.record(index, x, call)

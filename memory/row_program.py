@@ -19,9 +19,10 @@ from typing import Literal
 
 import numpy as np
 
-from farspan.memory.evaluate import LANES, Evaluator
+from farspan.memory.evaluate import Evaluator
 from farspan.memory.milp import Program, Terms, alike, tangents
 from farspan.memory.plan import TIERS
+from farspan.memory.prediction import LANES
 from farspan.memory.problem import LayerKind
 
 SMALLEST_COST = 1e4

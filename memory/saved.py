@@ -70,7 +70,7 @@ class _Packing:
         copy = self.copies.get(address)
         if copy is None or copy.version != tensor._version:
             copy = self.copies[address] = _Copy(self.store, storage, tensor._version, self.label)
-        return _View(copy, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return _View(copy, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
 
 class _Copy:

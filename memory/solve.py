@@ -16,11 +16,12 @@ from itertools import pairwise
 
 from farspan.memory.capacity import ROUNDS, does_not_fit, least_device, smallest_device
 from farspan.memory.climb import climb, lengths, topped
-from farspan.memory.evaluate import Evaluator, Prediction, Walk, evaluate
+from farspan.memory.evaluate import Evaluator, Walk, evaluate
 from farspan.memory.milp import INFINITY, Bound, bound
 from farspan.memory.plan import Placement
 from farspan.memory.policies import FIXED_POLICIES, fixed_policy
 from farspan.memory.polish import Key, best_near, decode
+from farspan.memory.prediction import Prediction
 from farspan.memory.problem import PlanProblem
 from farspan.memory.row_program import RowProgram, Shape, even_shape
 from farspan.schema import Schema

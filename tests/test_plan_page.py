@@ -18,9 +18,10 @@ from selenium.webdriver.common.by import By
 
 from farspan.jobs import cli
 from farspan.jobs.report.timeline import Picture, lasting, picture, span_text
-from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.evaluate import evaluate
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.policies import fixed_policy
+from farspan.memory.prediction import Prediction
 from farspan.memory.problem import PlanProblem
 
 HERE = Path(__file__).parent

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from plan_cases import PROBLEMS, SavedProblem, deep, llama_8b, placements, problems
 
 from farspan.errors import DoesNotFit
-from farspan.memory.evaluate import LANES, Evaluator, Prediction, evaluate
+from farspan.memory.evaluate import Evaluator, evaluate
 from farspan.memory.plan import LayerPlan, Placement, Policy, Rows
 from farspan.memory.policies import FIXED_POLICIES, KEEP, fixed_policy, grid_parts
 from farspan.memory.polish import split, tiered
+from farspan.memory.prediction import LANES, Prediction
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
 from farspan.memory.solve import longest, smallest_device, solve
 

@@ -32,10 +32,11 @@ from _memory_report import PEERS, TIMED, plot, report
 
 from farspan.errors import DoesNotFit
 from farspan.memory.calibration import Calibration, Measured, calibrated_problem
-from farspan.memory.evaluate import Prediction, evaluate
+from farspan.memory.evaluate import evaluate
 from farspan.memory.hardware import load_hardware
 from farspan.memory.plan import Placement
 from farspan.memory.policies import FIXED_POLICIES, FixedPolicy, fixed_policy
+from farspan.memory.prediction import Prediction
 from farspan.memory.problem import Budgets, PlanProblem
 from farspan.memory.shape import AdapterShape, ModelShape, Training
 from farspan.memory.solve import solve

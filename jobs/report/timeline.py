@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 
 from farspan.jobs.plan import size
 from farspan.jobs.report.charts import EXTENT, Chart, Series, Tick, thinned, ticks
-from farspan.memory.evaluate import Interval, Prediction, Timeline
+from farspan.memory.prediction import Interval, Prediction, Timeline
 from farspan.memory.problem import PlanProblem
 
 LANES = ("compute", "copy_out", "disk_write", "disk_read", "copy_in")
