@@ -7,6 +7,7 @@ a mark in the events, and only what follows the mark counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ from farspan.kernels.attention import KnownRows, causal_attention
 from farspan.memory.allocations import fastest_s, footprint
 from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
 from farspan.memory.moments import Run
+from farspan.memory.saved import saved_on_host
 from farspan.memory.samples import MARK_BYTES, LayerSample, Subject, hand_on, mark, weights_in
 from farspan.memory.single_layers import hooked
+from farspan.memory.tiers import Store
 
 
 def probe(subject: Subject, index: int, rows: int, measure: Callable[[partial[Any], Tensor], Any]) -> None:
@@ -124,10 +127,20 @@ class LayerAllocations(_Layer):
         self._plain()
         self._keep()
         self._rebuild()
+        if self.device.type == "cpu":
+            saved_bytes = sample.runs["keep forward"][-1].totals[-1]
+            with Store(host_bytes=2 * saved_bytes + 2**20) as store:
+                self._keep(store)
+                self._rebuild(store)
         self.drop()
 
-    def _note(self, what: str, function: Callable[[], object]) -> None:
+    def _note(self, what: str, function: Callable[[], object], store: Store | None = None) -> None:
+        if store is not None:
+            store.statistics(restart=True)
         took = footprint(function, self.device)
+        if store is not None:
+            moved = store.statistics().moved_bytes
+            self.sample.moved.setdefault(what, []).append((moved["copy_out"], moved["copy_in"]))
         sizes = [size for _, size in took.events]
         events = tuple(sizes[sizes.index(-MARK_BYTES) + 1 :])
         self.sample.runs.setdefault(what, []).append(Run(self.rows, self.tile, events))
@@ -157,26 +170,35 @@ class LayerAllocations(_Layer):
 
         self._note("forward", run)
 
-    def _keep(self) -> None:
+    def _keep(self, store: Store | None = None) -> None:
         """With autograd, after another layer whose output nobody else holds; then its backward."""
         above: list[Tensor] = []
+        where = " on host" if store is not None else ""
 
         def forward() -> None:
             below = [self.call(self.leaf())]
             mark(self.device)
-            above.append(self.call(below.pop()))
+            with self._saving(store):
+                above.append(self.call(below.pop()))
 
         def backward() -> None:
             self.clear()
-            y = self.call(self.leaf())
+            with self._saving(store):
+                y = self.call(self.leaf())
             mark(self.device)
             self.backward_as_kept(y)
 
-        self._note("keep forward", forward)
+        self._note(f"keep forward{where}", forward)
         above.clear()
-        self._note("keep backward", backward)
+        self._note(f"keep backward{where}", backward, store)
 
-    def _rebuild(self) -> None:
+    def _saving(self, store: Store | None, *held: Tensor) -> AbstractContextManager[None]:
+        """Around the layer's forward: its saved tensors go to the host, as the executor has it."""
+        if store is None:
+            return nullcontext()
+        return saved_on_host(store, self.layer, (self.call.args, self.call.keywords, held), "a layer that is measured")
+
+    def _rebuild(self, store: Store | None = None) -> None:
         """With autograd, O given, the way the executor does it: the gradient of the output is held to the end."""
         dy = torch.ones_like(self.x)
         x = self.leaf()
@@ -189,13 +211,13 @@ class LayerAllocations(_Layer):
             given = [KnownRows(self.o[0].clone(), self.o[1].clone(), first=0)] if self.o is not None else []
             frame = Frame(known=given.pop if given else None, hollow=self.hollow)
             mark(self.device)
-            with frame.active():
+            with frame.active(), self._saving(store, x):
                 edge = get_gradient_edge(self.call(x))
             del frame
             self.backward(edge, dy)
 
         try:
-            self._note("rebuild", run)
+            self._note("rebuild on host" if store is not None else "rebuild", run, store)
         finally:
             for linear in routed:
                 del linear.forward

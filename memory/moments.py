@@ -99,6 +99,10 @@ def _at(size: Size, run: Run) -> float:
 
 def fit_end(runs: Sequence[Run], *, tile_rows: int) -> Amount:
     """What is left at the end."""
-    ends = [run.totals[-1] for run in runs]
-    found = lines(runs, [[end] for end in ends])
-    return (found[0] if found else above(runs, ends)).amount(tile_rows)
+    return fit_values(runs, [run.totals[-1] for run in runs], tile_rows=tile_rows)
+
+
+def fit_values(runs: Sequence[Run], values: Sequence[float], *, tile_rows: int) -> Amount:
+    """The line through one value of each run; where there is none, one above all."""
+    found = lines(runs, [[value] for value in values])
+    return (found[0] if found else above(runs, values)).amount(tile_rows)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from farspan.memory.frame import HOLLOW, TILED_MLP
 from farspan.memory.liveness import Size
-from farspan.memory.moments import Run, fit_end, fit_peak
+from farspan.memory.moments import Run, fit_end, fit_peak, fit_values
 from farspan.memory.profile import (
     Amount,
     AttentionProfile,
     HeadProfile,
     KindProfile,
     LinearProfile,
+    OnHostProfile,
     PairTime,
     attended_pairs,
 )
@@ -63,6 +64,8 @@ class LayerSample:
     weights: Weights | None = None
     linear_bytes_per_row: dict[str, float] = field(default_factory=dict)
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    moved: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Bytes of saved tensors copied to the host and back, by way of running it, in the order of `runs`."""
     timed: dict[int, dict[str, float]] = field(default_factory=dict)
     """Seconds by rows and by what ran."""
 
@@ -156,7 +159,33 @@ def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile
         rebuild_peak=fit_peak("rebuild and backward", runs["rebuild"], booked.plus(dy), tile_rows=tile),
         keep_backward_peak=fit_peak("backward", runs["keep backward"], booked, tile_rows=tile),
         gradient_bytes=sample.gradient_bytes if gradients != "handed on" else 0,
+        on_host=_on_host(sample, booked.plus(dy), booked, tile) if sample.moved else None,
         weights=sample.weights,
+    )
+
+
+def _on_host(sample: LayerSample, in_rebuild: Size, in_backward: Size, tile: int) -> OnHostProfile:
+    """The same layer with its saved tensors on the host."""
+    runs = sample.runs
+    keep = fit_end(runs["keep forward on host"], tile_rows=tile)
+
+    def copied(what: str, way: int) -> Amount:
+        return fit_values(runs[what], [moved[way] for moved in sample.moved[what]], tile_rows=tile)
+
+    return OnHostProfile(
+        keep_bytes=keep,
+        keep_forward_peak=fit_peak(
+            "forward",
+            runs["keep forward on host"],
+            Size(keep.constant, keep.per_row, keep.per_tile_row),
+            tile_rows=tile,
+        ),
+        keep_backward_peak=fit_peak("backward", runs["keep backward on host"], in_backward, tile_rows=tile),
+        rebuild_peak=fit_peak("rebuild and backward", runs["rebuild on host"], in_rebuild, tile_rows=tile),
+        keep_host_bytes=copied("keep backward on host", 0),
+        keep_fetched_bytes=copied("keep backward on host", 1),
+        rebuild_host_bytes=copied("rebuild on host", 0),
+        rebuild_fetched_bytes=copied("rebuild on host", 1),
     )
 
 

@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from farspan.memory.tiers import Store
 
-LEAST_BYTES = 4096
-"""Smaller ones stay: the arena deals in pages."""
+LEAST_BYTES = 1024
+"""Smaller ones stay: the arena deals in pages. Less than a layer is measured with: one number for each of its rows."""
 
 
 @contextmanager

@@ -155,13 +155,18 @@ HOST_PEAK = [0, 0]
 """Bytes that `save_on_cpu` holds now, and at most."""
 
 
+FREE: dict[int, list[mmap.mmap]] = {}
+"""Host buffers used before, by bytes: as malloc and the pinned allocator do, pages are not faulted in anew."""
+
+
 class _OnHost:
     """A tensor copied to memory that is not the allocator's."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.bytes = max(1, tensor.numel() * tensor.element_size())
         self.shape, self.dtype = tensor.shape, tensor.dtype
-        self.map = mmap.mmap(-1, self.bytes)
+        free = FREE.setdefault(self.bytes, [])
+        self.map = free.pop() if free else mmap.mmap(-1, self.bytes)
         self._view().copy_(tensor)
         HOST_PEAK[0] += self.bytes
         HOST_PEAK[1] = max(HOST_PEAK)
@@ -175,6 +180,7 @@ class _OnHost:
 
     def __del__(self) -> None:
         HOST_PEAK[0] -= self.bytes
+        FREE[self.bytes].append(self.map)
 
 
 def save_on_cpu(layers: list[nn.Module]) -> Hooks:

@@ -131,7 +131,7 @@ class Bench:
     ) -> dict[str, Any]:
         tiers = None
         if prediction is not None and placement is not None and any(prediction.moved_bytes.values()):
-            pages = 2 * 4096 * 16 * len(placement.layers)
+            pages = 4096 * 64 * len(placement.layers)  # a tensor takes whole ones
             disk_bytes = prediction.disk_bytes + pages if prediction.disk_bytes else 0
             tiers = {"host_bytes": prediction.host_bytes + pages, "disk_bytes": disk_bytes, "slots": placement.slots}
         task = {
