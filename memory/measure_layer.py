@@ -19,8 +19,8 @@ from farspan.kernels.attention import KnownRows, causal_attention
 from farspan.memory.allocations import fastest_s, footprint
 from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
 from farspan.memory.moments import Run
-from farspan.memory.saved import saved_on_host
 from farspan.memory.samples import MARK_BYTES, LayerSample, Subject, hand_on, mark, weights_in
+from farspan.memory.saved import saved_on_host
 from farspan.memory.single_layers import hooked
 from farspan.memory.tiers import Store
 
