@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from farspan.kernels.attention import KnownRows, causal_attention
 from farspan.memory.allocations import fastest_s, footprint
 from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
-from farspan.memory.moments import Run
+from farspan.memory.moments import CUT_BYTES, Run
 from farspan.memory.samples import MARK_BYTES, LayerSample, Subject, hand_on, mark, weights_in
 from farspan.memory.saved import saved_on_host
 from farspan.memory.single_layers import hooked
@@ -158,10 +158,42 @@ class LayerAllocations(_Layer):
         self.sample.o_bytes_per_row = (out.nbytes + lse.nbytes) / out.shape[2]
         return out.detach(), lse.detach()
 
+    def _frame(self, **fields: Any) -> Frame:
+        """A layer with a window cuts its runs where attention begins and ends, forward and backward."""
+        if self.sample.window is None:
+            return Frame(**fields)
+        return Frame(caught=self._attention_begins, attended=self._attention_ended, **fields)
+
+    def _attention_begins(self, q: Tensor, k: Tensor, v: Tensor, _: dict[str, Any]) -> None:
+        mark(self.device, CUT_BYTES)
+        self.returned = False
+        for tensor in (q, k, v):
+            if tensor.requires_grad:
+                tensor.register_hook(self._gradient_returned)
+
+    def _attention_ended(self, out: Tensor, _: Tensor) -> None:
+        mark(self.device, CUT_BYTES)
+        if out.requires_grad:
+            out.register_hook(lambda _: mark(self.device, CUT_BYTES))
+
+    def _gradient_returned(self, _: Tensor) -> None:
+        """Of q, k or v: whichever is first."""
+        if not self.returned:
+            mark(self.device, CUT_BYTES)
+        self.returned = True
+
     def _plain(self) -> None:
         """Without autograd, O held to the end."""
         held: list[Tensor] = []
-        frame = Frame(attended=lambda out, lse: held.extend((out, lse)))
+        frame = self._frame()
+        ended = frame.attended
+
+        def attended(out: Tensor, lse: Tensor) -> None:
+            held.extend((out, lse))
+            if ended is not None:
+                ended(out, lse)
+
+        frame.attended = attended
 
         def run() -> None:
             mark(self.device)
@@ -178,12 +210,12 @@ class LayerAllocations(_Layer):
         def forward() -> None:
             below = [self.call(self.leaf())]
             mark(self.device)
-            with self._saving(store):
+            with self._saving(store), self._frame().active():
                 above.append(self.call(below.pop()))
 
         def backward() -> None:
             self.clear()
-            with self._saving(store):
+            with self._saving(store), self._frame().active():
                 y = self.call(self.leaf())
             mark(self.device)
             self.backward_as_kept(y)
@@ -209,7 +241,7 @@ class LayerAllocations(_Layer):
         def run() -> None:
             self.clear()
             given = [KnownRows(self.o[0].clone(), self.o[1].clone(), first=0)] if self.o is not None else []
-            frame = Frame(known=given.pop if given else None, hollow=self.hollow)
+            frame = self._frame(known=given.pop if given else None, hollow=self.hollow)
             mark(self.device)
             with frame.active(), self._saving(store, x):
                 edge = get_gradient_edge(self.call(x))

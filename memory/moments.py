@@ -7,15 +7,17 @@ is the highest at a million rows than at a thousand: gradients of weights, which
 
 Rows and tile are told apart by runs of two tiles and of three, all of them whole. Events are matched from the front as
 far as the runs agree (through the second tile) and from the back (what follows the tiles); a third tile needs what the
-second did. Four runs fix three numbers, so what was matched wrongly shows and is left out. Where a run's own peak is
-not reached that way (experts, kernels that cut rows into blocks), a line above all peaks is added.
+second did. Four runs fix three numbers, so what was matched wrongly shows and is left out. Attention over a window goes
+block by block too, twice in a run and beside tiles: there a run marks where it begins and ends, and what lies between
+two marks is matched by itself. Where a run's own peak is not reached that way (experts, kernels that cut rows into
+blocks), a line above all peaks is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -31,6 +33,10 @@ MISSED = 1e-3
 """Share of a run's peak that its lines may miss."""
 
 
+CUT_BYTES = 5
+"""No tensor of a model has this size: where one is made and released, a run is cut into parts."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a piece of work allocated and released, in order, in bytes relative to before."""
@@ -38,10 +44,21 @@ class Run:
     rows: int
     tile_rows: int
     events: tuple[int, ...]
+    before_bytes: int = 0
+    """Of a part: the total at its start."""
 
     @property
     def totals(self) -> list[int]:
-        return [0, *accumulate(self.events)]
+        return [*accumulate(self.events, initial=self.before_bytes)]
+
+    def parts(self) -> list[Run]:
+        """Cut at the marks."""
+        cuts = [-1, *(at for at, size in enumerate(self.events) if size == CUT_BYTES), len(self.events)]
+        totals = self.totals
+        return [
+            Run(self.rows, self.tile_rows, self.events[start + 1 : end], totals[start + 1])
+            for start, end in pairwise(cuts)
+        ]
 
 
 def matched(runs: Sequence[Run]) -> tuple[int, int]:
@@ -81,13 +98,16 @@ def fit_peak(what: str, runs: Sequence[Run], less: Size = NOTHING, *, tile_rows:
     Args:
         tile_rows: rows of a tile in training.
     """
-    totals = [run.totals for run in runs]
-    front, back = matched(runs)
-    found = lines(runs, [total[: front + 1] for total in totals])
-    if back:
-        found += lines(runs, [total[-back:] for total in totals])
+    cut = [run.parts() for run in runs]
+    found: list[Size] = []
+    for alike in zip(*cut) if len({len(parts) for parts in cut}) == 1 else [runs]:
+        totals = [part.totals for part in alike]
+        front, back = matched(alike)
+        found += lines(runs, [total[: front + 1] for total in totals])
+        if back:
+            found += lines(runs, [total[-back:] for total in totals])
     reached = [max((_at(size, run) for size in found), default=0.0) for run in runs]
-    highest = [max(total) for total in totals]
+    highest = [max(run.totals) for run in runs]
     if any(top - of_lines > MISSED * top for top, of_lines in zip(highest, reached)):
         found.append(above(runs, highest))
     return peak([(what, size) for size in found], less, tile_rows)

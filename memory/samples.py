@@ -87,8 +87,8 @@ MARK_BYTES = 7
 """No tensor of a model has this size: where it is allocated, a moment is marked in the events."""
 
 
-def mark(device: torch.device) -> None:
-    torch.empty(MARK_BYTES, dtype=torch.uint8, device=device)
+def mark(device: torch.device, size_bytes: int = MARK_BYTES) -> None:
+    torch.empty(size_bytes, dtype=torch.uint8, device=device)
 
 
 def hand_on(parameter: Tensor) -> None:

@@ -114,7 +114,8 @@ class Bench:
             "gradients": "first" if config["precision"] == "fp32" and config["sp"] == 1 else "handed on",
             "disk_dir": str(Path.cwd()),
         }
-        return Measured.model_validate(self.cell(f"profile/{name}", {"what": "calibrate", "request": request}))
+        found = self.cell(f"profile/{name}", {"what": "calibrate", "request": request})
+        return Measured.model_validate({field: found[field] for field in Measured.model_fields})
 
     def problem(self, name: str, length: int, budgets: Budgets | None = None) -> PlanProblem:
         config = CONFIGS[name]
