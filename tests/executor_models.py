@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
+from farspan.memory.tiers import Store
 from farspan.trainer.attention import NAME, PackedSequence
 from farspan.trainer.config import FullFineTune, LoRA, Mesh, Optim, RandomModel
 from farspan.trainer.engine import make_engine
@@ -136,7 +137,8 @@ def _step(
         made = Model(family, precision=precision, adapter=LoRA(rank=4) if lora else None)
     if tile is not None:
         tile_mlp(made.model, tile)
-    executor = Executor(made.layers, placement, hollow=True) if placement is not None else None
+    store = Store(host_bytes=64 << 20) if placement is not None and placement.saved == "host" else None
+    executor = Executor(made.layers, placement, store, hollow=True) if placement is not None else None
     ulysses = Ulysses(grid.sp_group) if grid.sp_group is not None else None
     if self_test:
         made.loss.executor = executor
@@ -158,5 +160,8 @@ def _step(
     found |= {f"{f.name} {f.kind}": f.tensor.clone() for f in engine.fragments()}
     engine.close()
     assert executor is None or executor.ledger.bytes == 0, "the tape is empty after backward"
+    if store is not None:
+        assert not store.statistics().held_bytes["host"], "nothing is left on the host"
+        store.close()
     dist.barrier()
     return found

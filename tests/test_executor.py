@@ -47,9 +47,9 @@ def placements(draw: st.DrawFn) -> Placement:
     def some(rows: int) -> Rows:
         return spread(draw(st.sampled_from([0, 0, 1, 130, rows // 2, rows - 1, rows])))
 
-    layers = []
+    layers, saved = [], draw(st.sampled_from(["device", "host"]))
     for _ in range(LAYERS):
-        if draw(st.integers(0, 4)) == 0:
+        if draw(st.integers(0, 4)) == 0 or (saved == "host" and draw(st.booleans())):
             layers.append(LayerPlan(keep=True))
             continue
         head = not layers or layers[-1].keep or draw(st.booleans())
@@ -62,6 +62,7 @@ def placements(draw: st.DrawFn) -> Placement:
         between=draw(st.sampled_from(["xo", "o"])),
         prefetch=draw(st.integers(0, 2)),
         slots=draw(st.integers(1, 3)),
+        saved=saved,
     )
 
 
@@ -282,8 +283,12 @@ def test_ranks_and_zero_stages() -> None:
         rows = sum(case["lengths"]) // case["mesh"][1]  # type: ignore[index]
         S = sum(case["lengths"])  # type: ignore[arg-type]
         made = [
-            segments(k, o, rows, attention_rows=S, between=b) for k, o, b in ((1, 0, "o"), (2, 0.5, "xo"), (4, 1, "o"))
+            segments(k, o, rows, attention_rows=S, between=b, saved=saved)
+            for k, o, b, saved in ((1, 0, "o", "device"), (2, 0.5, "xo", "host"), (4, 1, "o", "device"))
         ]
+        if case["zero"] in (0, 3):  # a kept layer between rebuilt ones
+            layers = (made[0].layers[0], LayerPlan(keep=True), *made[0].layers[2:])
+            made[0] = made[0].model_copy(update={"layers": layers, "saved": "host"})
         cases.append({**case, "placements": made})
     for rank, differences in enumerate(on_ranks(on_rank, 2, cases)):
         assert differences == [[] for _ in cases], rank
