@@ -17,7 +17,7 @@ import numpy as np
 
 from farspan.memory.evaluate import Evaluator, Walk
 from farspan.memory.milp import alike
-from farspan.memory.plan import LayerPlan, Placement, Rows
+from farspan.memory.plan import TIERS, LayerPlan, Placement, Rows
 from farspan.memory.policies import KEEP, grid_parts, grid_rows
 from farspan.memory.problem import LayerKind, LinearClass
 from farspan.memory.row_program import Shape, Solved
@@ -154,7 +154,11 @@ def changes(evaluator: Evaluator, placement: Placement) -> Iterator[Change]:
     for layer in trained:
         plan, kind = placement.layers[layer], evaluator.kinds[layer]
         if not plan.keep:
-            yield layer, "keep", KEEP
+            yield layer, "plan", KEEP
+        else:
+            for tier in TIERS:
+                o = Rows(**{tier: problem.attention_rows}) if kind.o_bytes else Rows()
+                yield layer, "plan", LayerPlan(x=Rows(**{tier: problem.rows}), o=o)
         for rows in moves(plan.x or Rows(), problem.rows, 1):
             if rows.stored == problem.rows:
                 yield layer, "x", rows
@@ -216,8 +220,9 @@ def changed(evaluator: Evaluator, placement: Placement, combined: Sequence[Chang
             kind, other = evaluator.kinds[layer], evaluator.kinds[value]
             layers[layer] = adapted(layers[value], other, kind)
             layers[value] = adapted(plan, kind, other)
-        elif name == "keep":
-            layers[layer] = KEEP
+        elif name == "plan":
+            assert isinstance(value, LayerPlan)
+            layers[layer] = value
         elif plan.keep and name != "x":
             return None
         elif name in ("x", "o"):

@@ -23,6 +23,8 @@ another order is as good, or the contract says less, this is what is simulated:
   already, so its peak counts without it. Rebuild and backward of a layer share one block of working memory.
 - Ends. The embedding's gradient takes no time; the gradient it is made from and `held_bytes` are there until then.
   With frozen layers it is not made; what the placement says of frozen layers is not looked at.
+- Saved tensors on the host. All of a layer's are there from the start of its forward or rebuild. Copies are part of the
+  operation that makes them: one time for a rebuild with its copies out, one for a backward with its copies back.
 - Stalls. Waiting is divided along the way of rows (copy out, disk write, disk read, copy in): a lane gets what passes
   after the lanes before it are done until the last transfer waited for on it is.
 """
@@ -80,7 +82,7 @@ class Replay:
     cause_s: dict[str, float]
     """Seconds of the compute lane by cause (`CAUSES`); they sum to `seconds`."""
     lane_bytes: dict[Lane, int]
-    """Bytes moved by each transfer lane, all micro-batches together."""
+    """Bytes moved by each transfer lane and by compute that way, all micro-batches together."""
     peaks: dict[Tier, Peak]
     ledger: tuple[Entry, ...]
     """In the order of events; begins with the states at 0 s, and what is left at the end are the states."""
@@ -104,7 +106,7 @@ class Replay:
 
 def replay(problem: PlanProblem, placement: Placement) -> Replay:
     """Runs one optimizer step of `placement`, which must be one for `problem`, as `memory.plan` tells it."""
-    program = _Program(problem, placement)
+    program = _Program(problem.saving(placement.saved), placement)
     for _ in range(problem.micro_batches):
         program.micro_batch()
     step_s, step_peak_bytes, gradients = problem.head.step_s, problem.head.step_peak_bytes, program.gradients.values()
@@ -167,6 +169,8 @@ class _Program:
         """Transfers for which the next computing operation waits."""
         self.outward: dict[_Block, list[_Operation]] = {}
         self.gradients: dict[str, _Block] = {}
+        self.copied: dict[Lane, int] = dict.fromkeys(TRANSFERS, 0)
+        """By compute, not by lanes."""
 
     def micro_batch(self) -> None:
         head, top, ahead = self.problem.head, len(self.kinds), self.placement.prefetch
@@ -181,7 +185,9 @@ class _Program:
             self.awaited, layer = arriving[index], unit.start
             if self.placement.layers[layer].keep:
                 drops, peak_bytes = [self.of(layer + 1, "input gradient")], self.kinds[layer].keep_backward_peak_bytes
-                self.backward(layer, peak_bytes, drops, [self.of(layer, "kept")])
+                kind = self.kinds[layer]
+                releases = [self.of(layer, "kept"), _saved(layer, kind.keep_host_bytes)]
+                self.backward(layer, kind.keep_fetched_bytes, peak_bytes, drops, releases)
             else:
                 self.segment(unit)
         made = [] if self.bottom else self.gradient("embedding gradient", head.embedding_gradient_bytes)
@@ -197,6 +203,9 @@ class _Program:
                 self.awaited += under_way.popleft()
             label, seconds = f"layer {layer} forward", kind.forward_s + kind.attention_forward_s
             kept = [self.of(layer, "kept")] if plan.keep and layer >= self.bottom else []
+            if kept:
+                kept.append(_saved(layer, kind.keep_host_bytes))
+                seconds += self.copying_s("copy_out", kind.keep_host_bytes)
             peak_bytes = kind.keep_forward_peak_bytes if kept else kind.forward_peak_bytes
             releases, output = [self.of(layer, "input")], self.of(layer + 1, "input")
             leaves = [output, *(block._replace(tier="device") for block in self.stored[layer])]
@@ -259,16 +268,24 @@ class _Program:
         made_bytes = max(kind.rebuild_peak_bytes - given_bytes, 0) + completed_bytes
         work = _device(f"layer {layer} rebuild and backward", made_bytes)
         seconds = self.recompute_s(layer, inner=False, attention=last)
-        drops = [self.of(layer + 1, "input gradient")]
-        self.compute("rebuild", f"layer {layer} rebuild", seconds, drops=drops, makes=[work])
-        self.backward(layer, releases=[work, *held])
+        seconds += self.copying_s("copy_out", kind.rebuild_host_bytes)
+        drops, makes = [self.of(layer + 1, "input gradient")], [work, _saved(layer, kind.rebuild_host_bytes)]
+        self.compute("rebuild", f"layer {layer} rebuild", seconds, drops=drops, makes=makes)
+        self.backward(layer, kind.rebuild_fetched_bytes, releases=[*makes, *held])
 
-    def backward(self, layer: int, work_bytes: int = 0, drops: _Blocks = (), releases: _Blocks = ()) -> None:
+    def backward(
+        self, layer: int, fetched: int, work_bytes: int = 0, drops: _Blocks = (), releases: _Blocks = ()
+    ) -> None:
         kind, label, leaves = self.kinds[layer], f"layer {layer} backward", [self.of(layer, "input gradient")]
         made = self.gradient(f"layer {layer} gradients", kind.gradient_bytes)
-        seconds = kind.backward_s + kind.attention_backward_s
+        seconds = kind.backward_s + kind.attention_backward_s + self.copying_s("copy_in", fetched)
         effects = {"drops": drops, "makes": made, "releases": releases, "leaves": leaves}
         self.compute("backward", label, seconds, work_bytes, **effects)
+
+    def copying_s(self, lane: Literal["copy_out", "copy_in"], size_bytes: int) -> float:
+        """Seconds that compute copies saved tensors."""
+        self.copied[lane] += size_bytes
+        return size_bytes / getattr(self.problem.links, f"{lane}_bytes_per_s")
 
     def recompute_s(self, layer: int, inner: bool, attention: bool) -> float:
         """Seconds of one forward that takes stored rows as given, with or without its attention."""
@@ -331,6 +348,10 @@ def _device(label: str, size_bytes: int) -> _Block:
     return _Block("device", label, size_bytes)
 
 
+def _saved(layer: int, size_bytes: int) -> _Block:
+    return _Block("host", f"layer {layer} saved tensors", size_bytes)
+
+
 def _fetched(block: _Block) -> _Block:
     """Where backward finds stored rows."""
     return block if block.tier == "device" else _device(f"{block.label}, fetched", block.bytes)
@@ -366,7 +387,7 @@ def _run(program: _Program) -> Replay:
     queues: dict[Lane, deque[_Operation]] = {lane: deque() for lane in LANES}
     for operation in program.operations:
         queues[operation.lane].append(operation)
-    cause_s, lane_bytes = dict.fromkeys(CAUSES, 0.0), dict.fromkeys(TRANSFERS, 0)
+    cause_s, lane_bytes = dict.fromkeys(CAUSES, 0.0), program.copied
     now_s, free_s, doing = 0.0, 0.0, ""
     while running or any(queues.values()):
         for lane, queue in queues.items():

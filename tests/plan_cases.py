@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from farspan.memory.plan import TIERS, LayerPlan, Placement, Rows
 from farspan.memory.policies import KEEP, grid_parts, grid_rows
-from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
+from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, OnHost, PlanProblem, State
 from farspan.schema import Schema
 
 PROBLEMS = Path(__file__).parent / "plan_problems"
@@ -61,9 +61,25 @@ def layer_kinds(
         exchange_s=draw(st.sampled_from([0.0, 0.125])),
         forward_peak_bytes=x_bytes + draw(st.integers(0, 10)) * 4,
         keep_forward_peak_bytes=x_bytes + draw(st.integers(0, 5)) * 4,
-        rebuild_peak_bytes=2 * x_bytes + draw(st.integers(0, 20)) * 4,
+        # what is given of it and the gradient of the output are there at once
+        rebuild_peak_bytes=2 * x_bytes + sum(c.bytes for c in linear) + draw(st.integers(0, 20)) * 4,
         keep_backward_peak_bytes=2 * x_bytes + draw(st.integers(0, 10)) * 4,
         gradient_bytes=draw(st.integers(0, 5)) * 4 if gradients else 0,
+        on_host=draw(on_hosts(x_bytes)),
+    )
+
+
+@st.composite
+def on_hosts(draw: st.DrawFn, x_bytes: int) -> OnHost:
+    return OnHost(
+        keep_bytes=draw(st.integers(0, 1)) * 4,
+        keep_forward_peak_bytes=x_bytes + draw(st.integers(0, 3)) * 4,
+        keep_backward_peak_bytes=2 * x_bytes + draw(st.integers(0, 5)) * 4,
+        rebuild_peak_bytes=2 * x_bytes + draw(st.integers(0, 5)) * 4,
+        keep_host_bytes=draw(st.integers(0, 10)) * 4,
+        keep_fetched_bytes=draw(st.integers(0, 12)) * 4,
+        rebuild_host_bytes=draw(st.integers(0, 10)) * 4,
+        rebuild_fetched_bytes=draw(st.integers(0, 12)) * 4,
     )
 
 
@@ -91,7 +107,7 @@ def problems(draw: st.DrawFn, layers: int = 6, kinds: int = 2, classes: int = 3,
         head=Head(
             held_bytes=draw(st.integers(0, 3)) * 4,
             forward_s=draw(SECONDS),
-            peak_bytes=draw(st.integers(0, 10)) * 4,
+            peak_bytes=stack[-1].x_bytes + draw(st.integers(0, 10)) * 4,
             gradient_bytes=draw(st.integers(0, 3)) * 4,
             embedding_gradient_bytes=draw(st.integers(0, 3)) * 4,
             step_peak_bytes=draw(st.integers(0, 10)) * 4,
@@ -129,6 +145,7 @@ def drawn_rows(draw: st.DrawFn, rows: int, part_rows: int | None, *, whole: bool
 def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
     """Any placement the contract allows for a problem, whether it fits or not."""
     layers: list[LayerPlan] = []
+    saved = draw(st.sampled_from(["device", "host"] if problem.can_save_on_host else ["device"]))
     for index in range(len(problem.layers)):
         kind = problem.kind(index)
         if draw(st.integers(0, 3)) == 0:
@@ -140,7 +157,9 @@ def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
                 x=draw(drawn_rows(problem.rows, 1, whole=True)) if head else None,
                 o=draw(drawn_rows(problem.attention_rows, kind.o_block_rows)) if kind.o_bytes else Rows(),
                 linear={
-                    c.name: draw(drawn_rows(problem.rows, c.tile_rows)) for c in kind.linear if draw(st.booleans())
+                    c.name: draw(drawn_rows(problem.rows, c.tile_rows))
+                    for c in kind.linear
+                    if (saved == "device" or c.inner_only) and draw(st.booleans())
                 },
             )
         )
@@ -152,6 +171,7 @@ def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
         prefetch=draw(st.integers(0, 3)),
         slots=draw(st.integers(1, 3)),
         frozen_below=problem.frozen_below,
+        saved=saved,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def held(store: Store) -> int:
 class _Saves(torch.autograd.Function):
     """Keeps its inputs and shows what it gets back."""
 
-    seen: list[Tensor] = []
+    seen: ClassVar[list[Tensor]] = []
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *kept: Tensor) -> Tensor:

@@ -128,8 +128,14 @@ def plot(done: Done, lengths: list[int], repeats: dict[int, int], out: Path) -> 
             for name in timed_names(done, length)
         }
         alone = ("keep", "solve at checkpoint", "solve at selective")  # no host memory in these either
-        frontier = sorted(point for name, point in points.items() if name.endswith("%") or name in alone)
+        with_host = [name for name in points if "with host" in name or name == "solve at save_on_cpu"]
+        frontier = sorted(
+            point for name, point in points.items() if (name not in with_host and name.endswith("%")) or name in alone
+        )
         axis.plot(*zip(*frontier), "o-", color="#1f5fbf", label="solve, device memory alone", zorder=3)
+        if with_host:
+            frontier = sorted(points[name] for name in with_host)
+            axis.plot(*zip(*frontier), "o--", color="#1f9f8f", label="solve, with host memory", zorder=3)
         for group, colour, marker, label, below in (
             (FIXED_POLICIES, "#555555", "^", "fixed policies of other trainers, same executor", -11),
             (PEERS, "#c2571a", "s", "torch's own tools", 6),

@@ -62,7 +62,8 @@ SHORT = ("LoRA bf16, Qwen3", "full fp32, MLP tiles")
 LENGTHS = (8192, 32768)
 REPEATS, STEPS = {8192: 4, 32768: 3}, {8192: 2, 32768: 1}
 SHARES: dict[int, tuple[float, ...]] = {8192: (0.75, 0.5)}
-"""Device budgets of the frontier, as shares of what keeping everything takes."""
+HOST_SHARES = (0.25, 0.15)
+"""Device budgets of the frontier, as shares of what keeping everything takes: alone, and with as much host memory."""
 TOY: dict[str, Any] = {
     "policies": ("keep",),
     "peers": ("checkpoint",),
@@ -206,15 +207,23 @@ def scarce(bench: Bench, name: str, length: int) -> PlanProblem:
     )
 
 
+def on_host(bench: Bench, name: str, length: int) -> PlanProblem:
+    """A problem in which only what waits in host memory fits."""
+    ample = bench.problem(name, length)
+    least = evaluate(ample, fixed_policy(ample.saving("host"), "keep")).device_peak_bytes
+    return bench.problem(name, length, Budgets(device_bytes=least, host_bytes=AMPLE))
+
+
 def peaks(bench: Bench, lengths: list[int], names: list[str]) -> list[dict[str, Any]]:
     """Predicted and measured peak of every policy."""
     found = []
     for name in names:
         for length in lengths[: 1 if name in SHORT else None]:
             ample = bench.problem(name, length)
-            for policy in (*bench.policies, "solve"):
-                problem = scarce(bench, name, length) if policy == "solve" else ample
-                placement = solve(problem).placement if policy == "solve" else fixed_policy(problem, policy)
+            solved = {"solve": scarce(bench, name, length), "solve, host": on_host(bench, name, length)}
+            for policy in (*bench.policies, *solved):
+                problem = solved.get(policy, ample)
+                placement = solve(problem).placement if policy in solved else fixed_policy(problem, policy)
                 prediction = evaluate(problem, placement)
                 key = f"peak/{name}/{length}/{policy}"
                 cell = bench.train(key, name, length, policy, placement, prediction, "peak")
@@ -257,6 +266,9 @@ def systems(bench: Bench, length: int) -> dict[str, System]:
     for share in SHARES.get(length, ()):
         if (solved := _solved(bench, length, Budgets(device_bytes=int(share * whole)))) is not None:
             found[f"solve at {share:.0%}"] = solved
+    for share in HOST_SHARES if len(bench.peers) > 1 else ():
+        if (solved := _solved(bench, length, Budgets(device_bytes=int(share * whole), host_bytes=whole))) is not None:
+            found[f"solve with host at {share:.0%}"] = solved
     return found
 
 
