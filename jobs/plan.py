@@ -67,7 +67,8 @@ class Planned:
         states = sum(state.bytes for state in self.problem.states if state.tier == "host")
         folder, _ = split_disk(job.memory.disk) if job.memory.disk else (None, 0)
         # a tensor takes whole pages, and there may be one for each of a layer's pieces on each tier
-        pages = 2 * 4096 * 16 * len(self.problem.layers)
+        pieces = 64 if self.placement.saved == "host" else 32
+        pages = 4096 * pieces * len(self.problem.layers)
         return Tiers(
             host_bytes=self.prediction.host_bytes - states + pages,
             disk_dir=(folder or str(job.run_dir)) if self.prediction.disk_bytes else None,

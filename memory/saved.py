@@ -88,7 +88,7 @@ class _Copy:
         found = None if self.back is None else torch.UntypedStorage._new_with_weak_ptr(self.back.cdata)
         if found is None:
             out = torch.empty(self.stored.bytes, dtype=torch.uint8, device=self.device)
-            found = self.store.get(self.stored, out=out).untyped_storage()
+            found = self.store.get(self.stored, out=out, stall=False).untyped_storage()
             self.back = StorageWeakRef(found)
         return found
 

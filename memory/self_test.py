@@ -2,8 +2,8 @@
 
 That placements change no gradient rests on things that are nobody's interface: the row blocks of attention kernels,
 what a model's layers do between their linear layers, the order in which autograd adds. Tests cover the models and
-versions they were run with; this covers the ones at hand. Every distinct unit of the placement (a segment; kept layers
-rebuild nothing) runs alone on random rows, once plainly and once through the executor with every share of the placement
+versions they were run with; this covers the ones at hand. Every distinct unit of the placement (a segment; a kept layer
+only where its saved tensors wait on the host) runs alone on random rows, once plainly and once through the executor with every share of the placement
 scaled to few rows, and the gradients of its input and of all trained parameters must be the same bits.
 
 On CPU memory that was never written is NaN meanwhile, so that whatever is left out of a rebuild is seen to be read by
@@ -80,7 +80,7 @@ def self_test(
     seed: int = 0,
     gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
 ) -> SelfTest | None:
-    """Compare rebuilding with keeping; None when the placement rebuilds nothing.
+    """Compare rebuilding with keeping; None when the placement rebuilds nothing and saves nothing elsewhere.
 
     Run it in training mode, before an engine listens to gradients. Collective where layers are: every rank must call it
     with the same placement. Model, generators and the ledgers of the tiers are afterwards as they were before.
@@ -225,10 +225,10 @@ def _test_rows(placement: Placement, mlp_tile: int) -> int:
 
 
 def _distinct(layers: list[nn.Module], placement: Placement) -> list[range]:
-    """Segments of which no other is alike, top first."""
+    """Units that are not plainly kept, of which no other is alike, top first."""
     alike: dict[object, range] = {}
     for unit in placement.units():
-        if not placement.layers[unit[0]].keep:
+        if placement.saved == "host" or not placement.layers[unit[0]].keep:
             plans = tuple(placement.layers[index].model_dump_json() for index in unit)
             alike.setdefault((plans, tuple(layer_kind(layers[index]) for index in unit)), unit)
     return list(alike.values())
@@ -255,15 +255,8 @@ def scaled(placement: Placement, rows: int, *, mlp_tile: int = 0) -> Placement:
             linear={name: linear(name, planned) for name, planned in plan.linear.items()},
         )
 
-    return Placement(
-        rows=rows,
-        attention_rows=attention_rows,
-        layers=tuple(layer(plan) for plan in placement.layers),
-        between=placement.between,
-        prefetch=placement.prefetch,
-        slots=placement.slots,
-        frozen_below=placement.frozen_below,
-    )
+    layers = tuple(layer(plan) for plan in placement.layers)
+    return placement.model_copy(update={"rows": rows, "attention_rows": attention_rows, "layers": layers})
 
 
 def _scaled_rows(planned: Rows, whole: int, rows: int, *, block: int) -> Rows:
@@ -300,8 +293,9 @@ def _refused(executor: Executor, unit: range, found: list[_Difference], gradient
     stored = [name for name, rows in (("x", plan.x or Rows()), ("O", plan.o), *plan.linear.items()) if rows.stored]
     off = f"by {worst.off:.3g} at most" if worst.off < float("inf") else "is missing or not a number"
     segment = f"layer {unit[0]}" if len(unit) == 1 else f"layers {unit[0]} to {unit[-1]}"
+    done = "saving on the host what is kept of" if plan.keep else "rebuilding"
     return RebuildDiffers(
-        f"rebuilding decoder layer {top} does not give the gradients of keeping it",
+        f"{done} decoder layer {top} does not give the gradients of keeping it",
         at=f"{worst.name} of layer {top}, rebuilt with {segment}; stored of it: {', '.join(stored) or 'nothing'}",
         why=f"{len(found)} of {gradients} gradients differ at {rows} rows; this one {off}, "
         f"its largest value is {worst.largest:.3g} (torch {torch.__version__})",

@@ -55,6 +55,7 @@ PLANS = {
     ),
     "mlp": plan(LayerPlan(x=Rows(device=R), linear={"mlp": WHOLE}), LayerPlan(), *[LayerPlan(x=Rows(device=R))] * 2),
     "short": segments(2, 0.5, 150),
+    "host": plan(LayerPlan(x=WHOLE, o=SPREAD), KEEP, LayerPlan(x=Rows(host=R)), LayerPlan(), saved="host"),
 }
 ADAPTERS = {"full": None, "lora": LoRA(rank=4), "dropout": LoRA(rank=4, dropout=0.2), "upper": UPPER}
 FACTORS: dict[str, list[Any]] = {

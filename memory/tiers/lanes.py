@@ -65,11 +65,12 @@ class Lanes:
             self._raised = True
             raise copy.copy(self._failure) from self._failure.__cause__
 
-    def wait(self, lane: Lane) -> None:
-        """Wait for any change, with the lock held, and count it as a stall on `lane`."""
+    def wait(self, lane: Lane | None) -> None:
+        """Wait for any change, with the lock held, and count it as a stall on `lane`; None: it is none."""
         started_s = time.perf_counter()
         self.changed.wait()
-        self._ledger.stalled(lane, time.perf_counter() - started_s)
+        if lane is not None:
+            self._ledger.stalled(lane, time.perf_counter() - started_s)
         self.check()
 
     def join(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import DoesNotFit, FarspanError
-from farspan.memory.tiers.base import OffloadFailed, OffTier, Statistics, Stored
+from farspan.memory.tiers.base import Lane, OffloadFailed, OffTier, Statistics, Stored
 from farspan.memory.tiers.disk import DiskFile, chunks_of
 from farspan.memory.tiers.host import Arena
 from farspan.memory.tiers.lanes import Lanes
@@ -130,7 +130,7 @@ class Store:
             self._landed.clear()
 
     def finish(self, stored: Stored) -> None:
-        """Wait until one tensor has been stored; its original is let go.
+        """Wait until one tensor has been stored, which is no stall but part of the plan; its original is let go.
 
         Raises:
             OffloadFailed: a worker failed.
@@ -138,7 +138,7 @@ class Store:
         with self._lock:
             self._enter()
             while stored._writing:
-                self._lanes.wait("copy_out" if stored.tier == "host" else "disk_write")
+                self._lanes.wait(None)
             self._landed.clear()
 
     def put(self, tier: OffTier, tensor: Tensor, *, label: str = "") -> Stored:
@@ -197,11 +197,11 @@ class Store:
         if original is not None:
             into.copy_(original)
 
-    def get(self, stored: Stored, out: Tensor | None = None) -> Tensor:
+    def get(self, stored: Stored, out: Tensor | None = None, *, stall: bool = True) -> Tensor:
         """The tensor: waits for `fetch`, and starts it if need be. With `out` (any strides), that is where it is.
 
         It is the very tensor that was stored if that is still on its way out. The store keeps its copy until `free`, so
-        it can be had again.
+        it can be had again. With `stall=False` waiting is not counted as one: nothing was to have been fetched ahead.
 
         Raises:
             OffloadFailed: a worker failed.
@@ -210,7 +210,8 @@ class Store:
         self.fetch(stored, out if out is not None and out.is_contiguous() else None)
         with self._lock:
             while stored._reading:
-                self._lanes.wait("copy_in" if stored.tier == "host" else "disk_read")
+                lane: Lane = "copy_in" if stored.tier == "host" else "disk_read"
+                self._lanes.wait(lane if stall else None)
             self._lanes.check()
             found, stored._out = stored._out, None
         assert found is not None, f"{stored.label}: two threads wait for one tensor"
