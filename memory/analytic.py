@@ -105,6 +105,10 @@ def _kind(
         backward_s += 2 * sum(m for name, m in mults.items() if name in MLP) / matmul_flop_per_s
     backward_s += sizes.backward_traffic / hardware.memory_bytes_per_s
     attention = _attention(shape, form, training, hardware)
+    o_bytes = attention.o_bytes_per_row * training.sp
+    on_host = sizes.on_host
+    if on_host is not None:
+        on_host = on_host.model_copy(update={"rebuild_peak": _without(on_host.rebuild_peak, o_bytes)})
     return KindProfile(
         name=form.name,
         x_bytes_per_row=training.width_bytes * shape.hidden,
@@ -117,9 +121,10 @@ def _kind(
         exchange_s=exchange_s,
         forward_peak=sizes.forward_peak,
         keep_forward_peak=sizes.keep_forward_peak,
-        rebuild_peak=_without(sizes.rebuild_peak, attention.o_bytes_per_row * training.sp),
+        rebuild_peak=_without(sizes.rebuild_peak, o_bytes),
         keep_backward_peak=sizes.keep_backward_peak,
         gradient_bytes=stays * training.trained_in_layer(shape),
+        on_host=on_host,
     )
 
 

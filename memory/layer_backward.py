@@ -54,6 +54,7 @@ class LayerRun(LayerForward):
     def norm_backward(self, name: str, g: str, n: int, source: str, *, keep: bool = False) -> str:
         """RMSNorm, step by step; adds to the gradient of `source` and returns it. `keep`: `g` is needed elsewhere."""
         e, wide = self.e, FP32 * n
+        self.need(*[self.normal[name]] * self.trains_base)
         if self.shape.norm_scale_fp32:
             if self.casts:
                 cast = self.make(f"d {name} out in fp32", wide, reads=e * n)
@@ -75,12 +76,14 @@ class LayerRun(LayerForward):
                 rounded, normal = normal, self.make(f"d {name} normalised", wide, reads=e * n)
                 self.drop(rounded)
         target = f"{source} in fp32" if self.casts else source
+        self.need(self.wide[name], f"{name} 1/rms")
         piece = self.make(f"d {name} in fp32, direct", wide, reads=2 * wide)
         self.drop(self.make(f"d {name} 1/rms, by row", wide, reads=2 * wide))
         self.drop(normal)
         self.used(self.wide[name], f"{name} 1/rms")
         self.arrive(target, piece, wide, owns=True)
         mean = self.make(f"d {name} squares", wide, reads=0.0)
+        self.need(self.wide[name])
         power = self.make(f"{name} power", wide, reads=wide)
         twice = self.make(f"{name} power, twice", wide, reads=2 * wide)
         piece = self.make(f"d {name} in fp32, through the mean", wide, reads=2 * wide)
@@ -102,6 +105,7 @@ class LayerRun(LayerForward):
             g = self.adapter_backward(name, g, source, keep=keep)
             keep = keep and not self.adapter_is_wider
         if self.trains_base:
+            self.need(source)
             self.make(f"d {name} weight", 0.0, constant=e * inputs * outputs)
         dx = self.make(f"d {name} in", e * inputs)
         self.drop(*[g] * (not keep))
@@ -128,9 +132,11 @@ class LayerRun(LayerForward):
         if self.adapter_is_wider:
             self.drop(g)
         self.traffic += 2 * a * (inputs + outputs)
+        self.need(f"{name} A")
         self.make(f"d {name} A", a * adapter.rank)
         self.drop(scaled)
         self.used(f"{name} A")
+        self.need(*(f"{name} input with dropout", f"{name} mask") if adapter.dropout else (low,))
         dx = self.make(f"d {name} adapter in", a * inputs)
         self.drop(f"d {name} A")
         owns = False
@@ -151,12 +157,14 @@ class LayerRun(LayerForward):
     def gated_backward(self, g: str, source: str, *, keep: bool) -> None:
         e, f = self.e, self.f
         self.linear_backward("down_proj", g, "product", keep=keep)
+        self.need("silu", self.up)
         self.make("d silu", e * f, reads=2 * e * f)
         d_up = self.make("d up", e * f, reads=2 * e * f)
         self.drop(self.gradient_of.pop("product"))
         self.used("silu", self.up)
         if not self.shape.fused:
             self.linear_backward("up_proj", d_up, source)
+        self.need(self.gate)
         self.make("d gate", e * f, reads=2 * e * f)
         self.drop("d silu")
         self.used(self.gate)
@@ -170,8 +178,10 @@ class LayerRun(LayerForward):
     def tiled_backward(self, g: str, source: str) -> None:
         """Tile by tile: the MLP with autograd, and its backward. The tile's source is a view."""
         e, d = self.e, self.d
+        self.need(source)
         whole = self.make("d mlp in", e * d)
-        lone = self.lone_gradients
+        lone, on_host = self.lone_gradients, self.saves_on_host
+        self.saves_on_host = False  # nothing listens to what a tile saves
         if self.trains_base and not lone:  # the first tile's stay, those of the others are added to them
             for name, (inputs, outputs) in self.linears.items():
                 if name in MLP:
@@ -181,7 +191,7 @@ class LayerRun(LayerForward):
         out = self.gated(tile)
         self.gated_backward(g, tile, keep=True)
         self.drop(out, self.gradient_of.pop(tile), tile)
-        self.in_tile, self.lone_gradients = False, lone
+        self.in_tile, self.lone_gradients, self.saves_on_host = False, lone, on_host
         self.used(source)
         self.arrive(source, whole, e * d, owns=True)
 
@@ -223,6 +233,8 @@ class LayerRun(LayerForward):
             self.make("d o", e * q, reads=e * q)
             self.drop("d o received", d_out)
             d_out = "d o"
+        kept = ["q, k and v of some heads"] * 2 if spread else ["q", "k", self.v]
+        self.need(*kept, "o", "lse")
         where = " of some heads" if spread else ""
         dq, dk, dv = (f"d {name}{where}" for name in "qkv")
         repeats = self.device == "cuda" and kv != q
@@ -237,7 +249,7 @@ class LayerRun(LayerForward):
         if repeats:
             self.drop("k and v for each query head", "d k and d v for each query head")
         self.drop(d_out)
-        self.used(*(["q, k and v of some heads"] * 2 if spread else ["q", "k", self.v]), "o", "lse")
+        self.used(*kept, "o", "lse")
         if not spread:
             return
         received, sent = e * (q + 2 * kv), e * (self.q + 2 * self.kv_sent)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_forward import FP32, Device
 from farspan.memory.liveness import Size, peak
-from farspan.memory.profile import Amount, Peak
+from farspan.memory.profile import Amount, OnHostProfile, Peak
 from farspan.memory.shape import ModelShape, Training
 
 TILE_ROWS = 2048
@@ -31,6 +31,8 @@ class LayerBytes:
     keep_backward_peak: Peak
     forward_traffic: float
     backward_traffic: float
+    on_host: OnHostProfile | None = None
+    """With O in the peak of its rebuild, as in `rebuild_peak`."""
 
 
 def today(shape: ModelShape, training: Training, device: Device, *, lone_gradients: bool) -> LayerBytes:
@@ -70,6 +72,44 @@ def today(shape: ModelShape, training: Training, device: Device, *, lone_gradien
         keep_backward_peak=peak(kept.moments, without_x.plus(booked), tile),
         forward_traffic=plain.traffic,
         backward_traffic=kept.traffic - forward_traffic,
+        on_host=_on_host(shape, training, device, lone_gradients=lone_gradients, booked=booked),
+    )
+
+
+def _on_host(
+    shape: ModelShape, training: Training, device: Device, *, lone_gradients: bool, booked: Size
+) -> OnHostProfile:
+    """The same with saved tensors on the host."""
+    tile = training.mlp_tile or 0
+    x = Size(per_row=float(training.width_bytes * shape.hidden))
+
+    kept = LayerRun(shape, training, device, grad=True, lone_gradients=lone_gradients, saves_on_host=True)
+    kept.forward()
+    forward = kept.moments
+    kept.moments = []
+    kept.drop("y")
+    keep = kept.total
+    kept.hand_over("x", x)
+    kept.make("dy", x.per_row)
+    kept.backward()
+
+    rebuilt = LayerRun(
+        shape, training, device, grad=True, lone_gradients=lone_gradients, rebuild=True, saves_on_host=True
+    )
+    rebuilt.make("dy", x.per_row)
+    rebuilt.forward()
+    rebuilt.drop("y", "o", "lse")
+    rebuilt.backward()
+
+    return OnHostProfile(
+        keep_bytes=keep.amount(tile),
+        keep_forward_peak=peak(forward, keep, tile),
+        keep_backward_peak=peak(kept.moments, keep.plus(booked), tile),
+        rebuild_peak=peak(rebuilt.moments, booked, tile),
+        keep_host_bytes=kept.host.amount(tile),
+        keep_fetched_bytes=kept.fetched.amount(tile),
+        rebuild_host_bytes=rebuilt.host.amount(tile),
+        rebuild_fetched_bytes=rebuilt.fetched.amount(tile),
     )
 
 

@@ -59,6 +59,7 @@ class LayerForward(Ledger):
         lone_gradients: a weight's gradient is handed on as soon as it exists (to a flat buffer or a bucket) and then
             freed; False: it stays.
         rebuild: values that only the layer's output needs are left out (the last matmul; the whole MLP when tiled).
+        saves_on_host: what autograd saves waits on the host; in a rebuild O is then held by whoever gave it to the end.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class LayerForward(Ledger):
         grad: bool,
         lone_gradients: bool = True,
         rebuild: bool = False,
+        saves_on_host: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(saves_on_host=saves_on_host)
         self.shape, self.training, self.device = shape, training, device
         self.grad, self.lone_gradients, self.rebuild = grad, lone_gradients, rebuild
+        self.drops_o = grad and not (rebuild and saves_on_host)
         self.e = training.width_bytes
         self.casts = self.e != FP32
         self.trains_base = training.trains("layers")
@@ -200,7 +203,7 @@ class LayerForward(Ledger):
         self.v = v
         out = self.attend()
         projected = self.linear("o_proj", out)
-        self.drop(out, *["q", "k", v] * (self.training.sp == 1), source)
+        self.drop(*[out] * (out != "o" or self.drops_o), *["q", "k", v] * (self.training.sp == 1), source)
         return projected
 
     def rotate(self, name: str, n: int) -> None:
@@ -236,18 +239,18 @@ class LayerForward(Ledger):
         if repeated:
             self.drop("k and v for each query head")
         self.keep_for_backward(*(["q"] if not spread else []), keys, values, "o", "lse")
-        if self.grad:
+        if self.drops_o:
             self.drop("lse")
         if not spread:
             if self.shape.fused:  # its rotary embedding leaves q head by head, and O comes as q does
                 self.make("o by row", e * q, reads=e * q)
-                self.drop(*["o"] * self.grad)
+                self.drop(*["o"] * self.drops_o)
                 return "o by row"
             return "o" if self.grad else self.given("o by row")  # a tape holds O itself
         self.drop(keys)
         self.make("o sent", e * q, reads=e * q)
         self.make("o received", e * self.q, reads=e * q)
-        self.drop("o sent", *["o"] * self.grad)
+        self.drop("o sent", *["o"] * self.drops_o)
         self.make("o of all heads", e * self.q, reads=e * self.q)
         self.drop("o received")
         return "o of all heads"

@@ -1,7 +1,8 @@
 """Which tensors live when: a ledger in which a piece of work books what it makes, holds, saves and lets go.
 
 A tensor lives as long as Python code or an autograd node holds it, so both are booked apart. What autograd stores and
-where the peak lies is then read off for any shape, instead of being fitted.
+where the peak lies is then read off for any shape, instead of being fitted. Where saved tensors wait on the host, nodes
+hold none on the device: one that the code has let go is away until a node needs it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ class Size(NamedTuple):
 class Ledger:
     """Tensors alive, who holds them, and the total at every allocation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, saves_on_host: bool = False) -> None:
+        self.saves_on_host = saves_on_host
+        self.away: set[str] = set()
+        """Saved, and on the host alone."""
+        self.host, self.fetched = Size(), Size()
+        """Copied to the host, and back."""
         self.sizes: dict[str, Size] = {}
         self.code: set[str] = set()
         self.saves: dict[str, int] = {}
@@ -62,7 +68,26 @@ class Ledger:
         """An autograd node keeps these."""
         for name in names:
             assert name in self.sizes, name
+            if self.saves_on_host and name not in self.saves:
+                self.host = self.host.plus(self.sizes[name])
             self.saves[name] = self.saves.get(name, 0) + 1
+
+    def hand_over(self, name: str, size: Size) -> None:
+        """Somebody else's tensor, which a node has saved, is ours from now on."""
+        self.code.discard(name)
+        if name in self.saves and self.saves_on_host:
+            self.sizes[name] = size
+            self.host = self.host.plus(size)
+            self.away.add(name)
+
+    def need(self, *names: str) -> None:
+        """A node that kept these is about to run."""
+        for name in dict.fromkeys(names):
+            if name in self.away:
+                self.away.remove(name)
+                self.total = self.total.plus(self.sizes[name])
+                self.fetched = self.fetched.plus(self.sizes[name])
+                self.moments.append((self.doing, self.total))
 
     def drop(self, *names: str) -> None:
         """The code lets go."""
@@ -72,6 +97,8 @@ class Ledger:
 
     def used(self, *names: str) -> None:
         """A node that kept these has run."""
+        for name in names:
+            assert name not in self.away, f"{name} was not said to be needed"
         for name in names:
             self.saves[name] -= 1
             if not self.saves[name]:
@@ -86,8 +113,13 @@ class Ledger:
         return total
 
     def _release(self, name: str) -> None:
-        if name not in self.code and name not in self.saves:
+        if name in self.code:
+            return
+        if name not in self.saves:
             self.total = self.total.plus(self.sizes.pop(name), -1)
+        elif self.saves_on_host and name not in self.away:
+            self.total = self.total.plus(self.sizes[name], -1)
+            self.away.add(name)
 
 
 def peak(moments: list[tuple[str, Size]], beyond: Size, tile_rows: int) -> Peak:

@@ -228,7 +228,9 @@ def changed(evaluator: Evaluator, placement: Placement, combined: Sequence[Chang
         elif name in ("x", "o"):
             layers[layer] = plan.model_copy(update={name: value, "keep": False})
         else:
-            layers[layer] = plan.model_copy(update={"linear": {**plan.linear, name: value}})
+            assert isinstance(value, Rows)
+            linear = {n: rows for n, rows in {**plan.linear, name: value}.items() if rows.stored}
+            layers[layer] = plan.model_copy(update={"linear": linear})
     for index in range(placement.frozen_below, len(layers)):
         if not layers[index].head and (index == placement.frozen_below or layers[index - 1].keep):
             return None

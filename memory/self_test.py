@@ -3,8 +3,9 @@
 That placements change no gradient rests on things that are nobody's interface: the row blocks of attention kernels,
 what a model's layers do between their linear layers, the order in which autograd adds. Tests cover the models and
 versions they were run with; this covers the ones at hand. Every distinct unit of the placement (a segment; a kept layer
-only where its saved tensors wait on the host) runs alone on random rows, once plainly and once through the executor with every share of the placement
-scaled to few rows, and the gradients of its input and of all trained parameters must be the same bits.
+only where its saved tensors wait on the host) runs alone on random rows, once plainly and once through the executor
+with every share of the placement scaled to few rows, and the gradients of its input and of all trained parameters must
+be the same bits.
 
 On CPU memory that was never written is NaN meanwhile, so that whatever is left out of a rebuild is seen to be read by
 nobody. On CUDA outside deterministic mode, where keeping twice differs too, that difference bounds the one allowed.

@@ -400,6 +400,7 @@ def test_never_over_budget_and_no_slower_with_more(problem: PlanProblem, budget:
     assert solution.prediction == evaluate(problem, solution.placement)
     assert solution.prediction.fits
     assert solution.bound_s <= solution.prediction.step_s
+    assert all(rows.stored for layer in solution.placement.layers for rows in layer.linear.values())
     more = {budget: int(getattr(problem.budgets, budget) * factor) + 4}
     richer = solve(problem.model_copy(update={"budgets": problem.budgets.model_copy(update=more)}))
     assert richer.prediction.step_s <= solution.prediction.step_s * (1 + SAME)
