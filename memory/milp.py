@@ -20,6 +20,8 @@ from farspan.memory.problem import LinearClass
 
 Terms = Iterable[tuple[int, float]]
 INFINITY = float("inf")
+NEGLIGIBLE = 1e-9
+"""Smaller coefficients HiGHS leaves out, and says so."""
 
 
 class Program:
@@ -48,6 +50,7 @@ class Program:
         summed: dict[int, float] = {}
         for column, coefficient in terms:
             summed[column] = summed.get(column, 0.0) + coefficient
+        summed = {column: coefficient for column, coefficient in summed.items() if abs(coefficient) > NEGLIGIBLE}
         self.index += summed.keys()
         self.value += summed.values()
         self.start.append(len(self.index))

@@ -51,7 +51,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
 def test_planned_peaks_are_those_of_whole_steps(here: Here, name: str) -> None:
     """Every policy, at more rows than were measured: within 3 %."""
     rows = bench.peaks(here, [ROWS], [name])
-    assert {row["policy"] for row in rows} == {*bench.FIXED_POLICIES, "solve"}
+    assert {row["policy"] for row in rows} == {*bench.FIXED_POLICIES, "solve", "solve, host"}
     assert max(row["measured"] for row in rows) > 1.5 * min(row["measured"] for row in rows)
     assert {row["policy"]: round(row["miss"], 4) for row in rows if abs(row["miss"]) > ALLOWED_MISS} == {}
 
@@ -73,6 +73,14 @@ def test_measured_bytes_are_the_counted_ones(here: Here, name: str) -> None:
     for peak in ("forward_peak", "rebuild_peak", "keep_backward_peak"):
         found, expected = getattr(ours, peak).bytes_at(rows), getattr(theirs, peak).bytes_at(rows)
         assert found == pytest.approx(expected, rel=2e-2), peak
+    assert ours.on_host is not None and theirs.on_host is not None
+    assert abs(ours.on_host.keep_bytes.at(rows)) < 1e-3 * ours.keep_bytes.at(rows)
+    for size in ("keep_host_bytes", "keep_fetched_bytes", "rebuild_host_bytes", "rebuild_fetched_bytes"):
+        found, expected = getattr(ours.on_host, size).at(rows), getattr(theirs.on_host, size).at(rows)
+        assert found == pytest.approx(expected, rel=3e-3), size
+    for peak in ("keep_forward_peak", "rebuild_peak", "keep_backward_peak"):
+        found, expected = getattr(ours.on_host, peak).bytes_at(rows), getattr(theirs.on_host, peak).bytes_at(rows)
+        assert found == pytest.approx(expected, rel=2e-2), f"{peak} on host"
     assert measured.head.peak.bytes_at(rows) == pytest.approx(counted.head.peak.bytes_at(rows), rel=2e-2)
     assert all(seconds > 0 for seconds in (ours.forward_s.at(rows), ours.backward_s.at(rows)))
     assert {name for name, source in measured.sources.items() if source.how == "measured"} == set(measured.sources)
