@@ -20,7 +20,7 @@ ROUNDS = 6
 """Times a program is solved again with budgets moved by what the walk says."""
 CLIMBS = 60
 """Shapes tried in climbing from the best one."""
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def smallest_device(problem: PlanProblem) -> Placement:
@@ -54,8 +54,8 @@ def least_device(problem: PlanProblem) -> Placement:
             raise DoesNotFit(
                 f"model states alone do not fit on the {tier}",
                 at=f"memory.{tier}",
-                why=f"{states_in_words(problem, tier)} of {in_gib(evaluator.limits[tier])}",
-                try_=f"--set memory.{tier}={evaluator.fixed[tier] / GIB + 1:.0f}GiB",
+                why=f"{states_in_words(problem, tier)} of {in_words(evaluator.limits[tier])}",
+                try_=f"--set memory.{tier}={enough(evaluator.fixed[tier])}",
             )
 
     def lowest(walk: Walk) -> Key:
@@ -114,20 +114,25 @@ def does_not_fit(problem: PlanProblem, smallest: Prediction) -> DoesNotFit:
     budgets = problem.budgets
     needed, given = smallest.device_peak_bytes, budgets.device_bytes
     return DoesNotFit(
-        f"{problem.rows} rows on a rank need at least {in_gib(needed)} of device memory, {in_gib(given)} are given",
+        f"{problem.rows} rows on a rank need at least {in_words(needed)} of device memory, {in_words(given)} are given",
         at="memory.device",
         why=f"{states_in_words(problem, 'device')}; the rest is needed at {smallest.device_peak_at}, "
-        f"with {in_gib(budgets.host_bytes)} of host memory and {in_gib(budgets.disk_bytes)} of disk used as well as "
-        f"can be: {in_gib(needed)} - {in_gib(given)} = {in_gib(needed - given)} too much",
-        try_=f"--set memory.device={math.ceil(needed / GIB * 100) / 100}GiB, more memory.host or memory.disk, "
+        f"with {in_words(budgets.host_bytes)} of host memory and {in_words(budgets.disk_bytes)} of disk used as well "
+        f"as can be: {in_words(needed)} - {in_words(given)} = {in_words(needed - given)} too much",
+        try_=f"--set memory.device={enough(needed)}, more memory.host or memory.disk, "
         "a shorter data.context, a higher parallel.sp, smaller tiles",
     )
 
 
 def states_in_words(problem: PlanProblem, tier: Tier) -> str:
-    states = [f"{state.name} {in_gib(state.bytes)}" for state in problem.states if state.tier == tier]
+    states = [f"{state.name} {in_words(state.bytes)}" for state in problem.states if state.tier == tier]
     return f"{tier}: {' + '.join(states) or 'no model states'}"
 
 
-def in_gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+def in_words(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def enough(size: int) -> str:
+    """At least so much, as a job would say it."""
+    return f"{math.ceil(size / GIB * 100) / 100}GiB" if size >= GIB else f"{math.ceil(size / MIB)}MiB"

@@ -52,6 +52,15 @@ def test_longer_ones_never_recompute_much_attention_and_stay_within_budget() -> 
     assert found.prediction.step_s <= min(p.prediction.step_s for p in fixed if p.prediction.fits)
 
 
+def test_where_no_rebuilt_layer_fits_its_saved_tensors_wait_on_the_host() -> None:
+    found = planned("512k")
+    assert found.prediction.fits and found.placement.saved == "host"
+    assert "saved tensors on the host" in found.solution.kind
+    copied = sum(kind.rebuild_host_bytes for kind in found.problem.saving("host").kinds)
+    assert found.prediction.moved_bytes["copy_out"] > 31 * copied > 0
+    assert found.prediction.parts.backward_copies_s > 0
+
+
 def test_a_policy_that_does_not_fit_is_refused_with_the_sum() -> None:
     found = planned("128k", plan="keep")
     assert not found.prediction.fits
