@@ -23,12 +23,16 @@ from farspan.memory.allocations import footprint
 from farspan.memory.analytic import analytic_profile
 from farspan.memory.build import O_BLOCK_ROWS, build_problem, problem_for
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
+from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_forward import head_split
+from farspan.memory.liveness import Size, peak
 from farspan.memory.policies import grid_rows
 from farspan.memory.problem import PlanProblem
 from farspan.memory.profile import AttentionProfile, PairTime, Profile
+from farspan.memory.saved import saved_on_host
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
 from farspan.memory.states import gradient_width, model_states, weights_of
+from farspan.memory.tiers import Store
 from farspan.trainer.config import Optim
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
@@ -197,6 +201,27 @@ def test_counts_equal_torch(family: str, precision: str, adapter: AdapterShape |
     # the workspace of the matmul library is not counted
     o_bytes = kind.attention.o_bytes_per_row * rows
     assert kind.rebuild_peak.bytes_at(rows) + o_bytes == pytest.approx(took, rel=5e-3)
+
+    counted = LayerRun(shape, training, "cpu", grad=True, saves_on_host=True)
+    counted.make("dy", dy.nbytes / rows)
+    counted.forward()
+    counted.drop("y")
+    counted.backward()
+
+    def on_host() -> None:
+        with saved_on_host(store, layer, (x, *embeddings), "a test"):
+            edge = get_gradient_edge(forward())
+        torch.autograd.backward(edge, dy)
+
+    with Store(host_bytes=2 * sum(saved.values())) as store:
+        x.grad = None
+        took = footprint(on_host, x.device).peak_bytes + dy.nbytes
+        moved = store.statistics().moved_bytes
+    assert counted.host.amount(tile or 0).at(rows) == moved["copy_out"] == sum(saved.values())
+    assert counted.fetched.amount(tile or 0).at(rows) == pytest.approx(moved["copy_in"], rel=5e-3)
+    # nor is a MiB that attention's backward takes at any length
+    workspace = 1.01 * 2**20
+    assert peak(counted.moments, Size(), tile or 0).bytes_at(rows) == pytest.approx(took, rel=5e-3, abs=workspace)
 
 
 @pytest.mark.parametrize(("precision", "trained"), [("bf16", True), ("bf16", False), ("fp32", False)])
