@@ -31,63 +31,17 @@ another order is as good, or the contract says less, this is what is simulated:
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
-from farspan.memory.plan import TIERS, Placement, Rows, Tier
+from farspan.memory.plan import TIERS, Placement, Rows
 from farspan.memory.problem import PlanProblem
-
-Lane = Literal["compute", "copy_out", "disk_write", "disk_read", "copy_in"]
-TRANSFERS: tuple[Lane, ...] = ("copy_out", "disk_write", "disk_read", "copy_in")  # as rows pass them
-LANES: tuple[Lane, ...] = ("compute", *TRANSFERS)
-CAUSES = ("forward", "head", "inner_forward", "rebuild", "backward", "step", *(f"stall_{lane}" for lane in TRANSFERS))
-"""What the compute lane spends its seconds on."""
+from farspan.memory.replay_clock import TRANSFERS, Block, Blocks, Lane, Operation, Ran, run
 
 
-class Entry(NamedTuple):
-    """One line of the ledger: `bytes` more (or, below zero, less) on a tier."""
-
-    time_s: float
-    tier: Tier
-    bytes: int
-    label: str
-
-
-class Span(NamedTuple):
-    """One operation as it ran; `bytes` is what a transfer moved."""
-
-    lane: Lane
-    label: str
-    start_s: float
-    end_s: float
-    bytes: int
-
-
-class Peak(NamedTuple):
-    """The most bytes a tier ever held, when that first was, and what compute was doing."""
-
-    bytes: int
-    time_s: float
-    operation: str
-
-
-@dataclass(frozen=True)
-class Replay:
-    """One optimizer step: all micro-batches, then the optimizer."""
-
-    seconds: float
-    cause_s: dict[str, float]
-    """Seconds of the compute lane by cause (`CAUSES`); they sum to `seconds`."""
-    lane_bytes: dict[Lane, int]
-    """Bytes moved by each transfer lane and by compute that way, all micro-batches together."""
-    peaks: dict[Tier, Peak]
-    ledger: tuple[Entry, ...]
-    """In the order of events; begins with the states at 0 s, and what is left at the end are the states."""
-    spans: tuple[Span, ...]
-    """Operations in the order in which they started."""
+class Replay(Ran):
+    """One optimizer step: all micro-batches, then the optimizer. `lane_bytes` has what compute copied that way too."""
 
     def over_budget(self, problem: PlanProblem) -> list[str]:
         """One sentence for each budget of `problem` that is exceeded; empty: the placement fits."""
@@ -111,41 +65,9 @@ def replay(problem: PlanProblem, placement: Placement) -> Replay:
         program.micro_batch()
     step_s, step_peak_bytes, gradients = problem.head.step_s, problem.head.step_peak_bytes, program.gradients.values()
     program.compute("step", "optimizer step", step_s, step_peak_bytes, releases=list(gradients))
-    return _run(program)
-
-
-class _Block(NamedTuple):
-    tier: Tier
-    label: str
-    bytes: int
-    tensor: str = ""
-
-
-_Blocks = Sequence[_Block]
-
-
-@dataclass(eq=False, slots=True)
-class _Operation:
-    lane: Lane
-    cause: str
-    label: str
-    seconds: float
-    bytes: int = 0
-    after: Sequence[_Operation] = ()
-    """Operations that must have ended; those before it on its own lane go without saying."""
-    drops: _Blocks = ()
-    """Freed when it starts; then `makes` are made. When it ends, `releases` are freed; then `leaves` are made."""
-    makes: _Blocks = ()
-    releases: _Blocks = ()
-    leaves: _Blocks = ()
-    missing: int = field(default=0, init=False)
-    followers: list[_Operation] = field(default_factory=list, init=False)
-    end_s: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
-        self.missing = len(self.after)
-        for earlier in self.after:
-            earlier.followers.append(self)
+    ran = run(program.operations, [Block(state.tier, f"state {state.name}", state.bytes) for state in problem.states])
+    moved = {lane: size + program.copied[lane] for lane, size in ran.lane_bytes.items()}
+    return Replay(**{**vars(ran), "lane_bytes": moved})
 
 
 class _Program:
@@ -164,11 +86,11 @@ class _Program:
         for unit in self.units:
             assert len(unit) == 1 or not placement.layers[unit.start].keep, (unit, "a kept layer heads no segment")
         self.stored = [self._stored_rows(layer) for layer in range(len(self.kinds))]
-        self.operations: list[_Operation] = []
-        self.awaited: list[_Operation] = []
+        self.operations: list[Operation] = []
+        self.awaited: list[Operation] = []
         """Transfers for which the next computing operation waits."""
-        self.outward: dict[_Block, list[_Operation]] = {}
-        self.gradients: dict[str, _Block] = {}
+        self.outward: dict[Block, list[Operation]] = {}
+        self.gradients: dict[str, Block] = {}
         self.copied: dict[Lane, int] = dict.fromkeys(TRANSFERS, 0)
         """By compute, not by lanes."""
 
@@ -197,7 +119,7 @@ class _Program:
     def forward(self) -> None:
         held = _device("held", self.problem.head.held_bytes)
         self.compute("forward", "embedding", 0.0, leaves=[held, self.of(0, "input")])
-        under_way: deque[list[_Operation]] = deque()
+        under_way: deque[list[Operation]] = deque()
         for layer, (kind, plan) in enumerate(zip(self.kinds, self.placement.layers)):
             while len(under_way) > self.placement.slots:
                 self.awaited += under_way.popleft()
@@ -213,7 +135,7 @@ class _Program:
             if away := [block for block in self.stored[layer] if block.tier != "device"]:
                 under_way.append([operation for block in away for operation in self.send(block, ran)])
 
-    def send(self, block: _Block, ran: _Operation) -> list[_Operation]:
+    def send(self, block: Block, ran: Operation) -> list[Operation]:
         """Copies rows to host, and on to disk if they lie there."""
         on_device, on_host = block._replace(tier="device"), block._replace(tier="host")
         way = self.outward[block] = [self.transfer("copy_out", block, [ran], [on_host], [on_device])]
@@ -221,13 +143,13 @@ class _Program:
             way.append(self.transfer("disk_write", block, [way[0]], [block], [on_host]))
         return way
 
-    def ask_for(self, unit: range) -> list[_Operation]:
+    def ask_for(self, unit: range) -> list[Operation]:
         """Asks for the rows of a unit; returns all transfers on their way out and back."""
         away = [block for layer in unit for block in self.stored[layer] if block.tier != "device"]
         # it stands on the compute lane, which has come so far when it is asked, but does not wait for what is awaited
-        ask = _Operation("compute", "backward", f"ask for layer {unit.start}", 0.0, makes=[_fetched(b) for b in away])
+        ask = Operation("compute", "backward", f"ask for layer {unit.start}", 0.0, makes=[_fetched(b) for b in away])
         self.operations.append(ask)
-        transfers: list[_Operation] = []
+        transfers: list[Operation] = []
         for block in sorted(away, key=lambda block: TIERS.index(block.tier)):
             way, on_host = self.outward.pop(block), block._replace(tier="host")
             if block.tier == "disk":
@@ -274,7 +196,7 @@ class _Program:
         self.backward(layer, kind.rebuild_fetched_bytes, releases=[*makes, *held])
 
     def backward(
-        self, layer: int, fetched: int, work_bytes: int = 0, drops: _Blocks = (), releases: _Blocks = ()
+        self, layer: int, fetched: int, work_bytes: int = 0, drops: Blocks = (), releases: Blocks = ()
     ) -> None:
         kind, label, leaves = self.kinds[layer], f"layer {layer} backward", [self.of(layer, "input gradient")]
         made = self.gradient(f"layer {layer} gradients", kind.gradient_bytes)
@@ -300,33 +222,33 @@ class _Program:
             seconds += kind.attention_forward_s * share**kind.attention_growth
         return seconds
 
-    def compute(self, cause: str, label: str, seconds: float, work_bytes: int = 0, **effects: _Blocks) -> _Operation:
+    def compute(self, cause: str, label: str, seconds: float, work_bytes: int = 0, **effects: Blocks) -> Operation:
         """Appends an operation on the compute lane that waits for what is awaited, with working memory of its own."""
         work, after, self.awaited = _device(f"{label} work", work_bytes), self.awaited, []
         effects["makes"] = [*effects.get("makes", ()), work]
         effects["releases"] = [work, *effects.get("releases", ())]
-        self.operations.append(_Operation("compute", cause, label, seconds, 0, after, **effects))
+        self.operations.append(Operation("compute", cause, label, seconds, 0, after, **effects))
         return self.operations[-1]
 
     def transfer(
-        self, lane: Lane, block: _Block, after: Sequence[_Operation], makes: _Blocks, releases: _Blocks
-    ) -> _Operation:
+        self, lane: Lane, block: Block, after: Sequence[Operation], makes: Blocks, releases: Blocks
+    ) -> Operation:
         label, seconds = f"{block.label}, {lane}", block.bytes / getattr(self.problem.links, f"{lane}_bytes_per_s")
-        self.operations.append(_Operation(lane, lane, label, seconds, block.bytes, after, (), makes, releases))
+        self.operations.append(Operation(lane, lane, label, seconds, block.bytes, after, (), makes, releases))
         return self.operations[-1]
 
-    def gradient(self, label: str, size_bytes: int) -> list[_Block]:
+    def gradient(self, label: str, size_bytes: int) -> list[Block]:
         """The block of a parameter gradient if this is the first time in the step that it is made, else nothing."""
         known, block = label in self.gradients, _device(label, size_bytes)
         return [] if known else [self.gradients.setdefault(label, block)]
 
-    def of(self, layer: int, what: Literal["input", "input gradient", "complete o", "kept"]) -> _Block:
+    def of(self, layer: int, what: Literal["input", "input gradient", "complete o", "kept"]) -> Block:
         """A block of a layer. The input is the output of the layer below; one past the last layer: the head's."""
         kind = self.kinds[min(layer, len(self.kinds) - 1)]
         sizes = {"complete o": kind.o_bytes, "kept": kind.keep_bytes}
         return _device(f"layer {layer} {what}", sizes.get(what, kind.x_bytes))
 
-    def _stored_rows(self, layer: int) -> list[_Block]:
+    def _stored_rows(self, layer: int) -> list[Block]:
         """One block for each tensor and each tier that holds rows of it."""
         plan, kind = self.placement.layers[layer], self.kinds[layer]
         if plan.keep or layer < self.bottom:
@@ -338,89 +260,20 @@ class _Program:
         tensors += [(each.name, plan.linear.get(each.name, Rows()), each.bytes, self.rows) for each in kind.linear]
         return [
             # cut at row bounds, so that the parts of a tensor sum to its bytes
-            _Block(tier, f"layer {layer} {name} on {tier}", size * end // whole - size * start // whole, name)
+            Block(tier, f"layer {layer} {name} on {tier}", size * end // whole - size * start // whole, name)
             for name, stored, size, whole in tensors
             for tier, (start, end) in stored.spans(whole).items()
         ]
 
 
-def _device(label: str, size_bytes: int) -> _Block:
-    return _Block("device", label, size_bytes)
+def _device(label: str, size_bytes: int) -> Block:
+    return Block("device", label, size_bytes)
 
 
-def _saved(layer: int, size_bytes: int) -> _Block:
-    return _Block("host", f"layer {layer} saved tensors", size_bytes)
+def _saved(layer: int, size_bytes: int) -> Block:
+    return Block("host", f"layer {layer} saved tensors", size_bytes)
 
 
-def _fetched(block: _Block) -> _Block:
+def _fetched(block: Block) -> Block:
     """Where backward finds stored rows."""
     return block if block.tier == "device" else _device(f"{block.label}, fetched", block.bytes)
-
-
-class _Ledger:
-    """What lies where, and how much of it there has been at most."""
-
-    def __init__(self) -> None:
-        self.live: dict[tuple[Tier, str], int] = {}
-        self.held_bytes = dict.fromkeys(TIERS, 0)
-        self.peaks = {tier: Peak(0, 0.0, "start") for tier in TIERS}
-        self.entries: list[Entry] = []
-
-    def book(self, time_s: float, operation: str, freed: Iterable[_Block], made: Iterable[_Block]) -> None:
-        for tier, label, size_bytes, _ in freed:
-            assert self.live.pop((tier, label), None) == size_bytes, (tier, label)
-            self.held_bytes[tier] -= size_bytes
-            self.entries.append(Entry(time_s, tier, -size_bytes, label))
-        for tier, label, size_bytes, _ in made:
-            assert (tier, label) not in self.live, (tier, label)
-            self.live[tier, label] = size_bytes
-            self.held_bytes[tier] += size_bytes
-            self.entries.append(Entry(time_s, tier, size_bytes, label))
-            if self.held_bytes[tier] > self.peaks[tier].bytes:
-                self.peaks[tier] = Peak(self.held_bytes[tier], time_s, operation)
-
-
-def _run(program: _Program) -> Replay:
-    """The clock: starts what is first on a free lane and misses nothing, then goes to the next end."""
-    ledger, running, spans, busy = _Ledger(), list[tuple[float, int, _Operation]](), list[Span](), set[Lane]()
-    ledger.book(0.0, "start", (), [_Block(s.tier, f"state {s.name}", s.bytes) for s in program.problem.states])
-    queues: dict[Lane, deque[_Operation]] = {lane: deque() for lane in LANES}
-    for operation in program.operations:
-        queues[operation.lane].append(operation)
-    cause_s, lane_bytes = dict.fromkeys(CAUSES, 0.0), program.copied
-    now_s, free_s, doing = 0.0, 0.0, ""
-    while running or any(queues.values()):
-        for lane, queue in queues.items():
-            if lane in busy or not queue or queue[0].missing:
-                continue
-            operation = queue.popleft()
-            operation.end_s = now_s + operation.seconds
-            if lane == "compute":
-                doing = operation.label
-                cause_s[operation.cause] += operation.seconds
-                for waited_for in TRANSFERS:
-                    until_s = max([free_s, *(other.end_s for other in operation.after if other.lane == waited_for)])
-                    cause_s[f"stall_{waited_for}"] += until_s - free_s
-                    free_s = until_s
-                free_s = operation.end_s
-            else:
-                lane_bytes[lane] += operation.bytes
-            ledger.book(now_s, doing, operation.drops, operation.makes)
-            heapq.heappush(running, (operation.end_s, len(spans), operation))
-            busy.add(lane)
-            spans.append(Span(lane, operation.label, now_s, operation.end_s, operation.bytes))
-        assert running, "every operation waits for another one"
-        now_s, ended = running[0][0], list[_Operation]()
-        while running and running[0][0] == now_s:
-            ended.append(heapq.heappop(running)[2])
-        for operation in ended:
-            busy.remove(operation.lane)
-            ledger.book(now_s, doing, operation.releases, ())
-            for follower in operation.followers:
-                follower.missing -= 1
-        for operation in ended:
-            ledger.book(now_s, doing, (), operation.leaves)
-        if "compute" not in busy and queues["compute"]:
-            doing = f"waiting for {queues['compute'][0].label}"
-    entries = [entry for entry in ledger.entries if entry.bytes]
-    return Replay(free_s, cause_s, lane_bytes, ledger.peaks, tuple(entries), tuple(spans))

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from farspan.memory.plan import TIERS, LayerPlan, Placement, Rows, Tier
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
-from farspan.memory.replay import LANES, Peak, Replay, replay
+from farspan.memory.replay import Replay, replay
+from farspan.memory.replay_clock import LANES, Peak
 
 ROWS = 8
 KIND = LayerKind(
