@@ -155,7 +155,7 @@ def changes(evaluator: Evaluator, placement: Placement) -> Iterator[Change]:
         plan, kind = placement.layers[layer], evaluator.kinds[layer]
         if not plan.keep:
             yield layer, "plan", KEEP
-        else:
+        elif placement.saved == "host":  # there the best layers to keep need not be the top ones
             for tier in TIERS:
                 o = Rows(**{tier: problem.attention_rows}) if kind.o_bytes else Rows()
                 yield layer, "plan", LayerPlan(x=Rows(**{tier: problem.rows}), o=o)
