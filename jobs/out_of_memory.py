@@ -20,7 +20,7 @@ from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of
 from farspan.jobs.origins import Origin
 from farspan.jobs.override import apply
-from farspan.jobs.plan import Planned, problem_of, size
+from farspan.jobs.plan import MLP_TILE, Planned, problem_of, size
 from farspan.jobs.resolve import Resolved, resolve
 from farspan.memory.evaluate import evaluate
 from farspan.memory.policies import fixed_policy
@@ -33,7 +33,7 @@ UNKNOWN_SHARE = 0.15
 LEAST_SHARE = 0.05
 """Lower by this at least: the request that failed tells where memory ran out first, not how much more was to come."""
 TOLD = 3
-SMALL_MLP_TILE, SMALLEST_LOSS_TILE = 2048, 256
+SMALLEST_LOSS_TILE = 256
 DISK_SHARE = 0.8
 """Of the free disk a tier is offered this much."""
 
@@ -145,8 +145,8 @@ def changes(situation: Situation, tier: str) -> list[tuple[str, ...]]:
     job, train, budgets = situation.job, situation.resolved.train, situation.planned.problem.budgets
     memory, found = job.memory, list[tuple[str, ...]]()
     found.append(() if memory.plan == "solve" else ("memory.plan=solve",))
-    if memory.mlp_tile == "off" or memory.mlp_tile > SMALL_MLP_TILE:
-        found.append((f"memory.mlp_tile={SMALL_MLP_TILE}",))
+    if memory.mlp_tile == "off" or memory.mlp_tile > MLP_TILE:
+        found.append((f"memory.mlp_tile={MLP_TILE}",))
     if memory.loss_tile > SMALLEST_LOSS_TILE:
         found.append((f"memory.loss_tile={max(SMALLEST_LOSS_TILE, memory.loss_tile // 4)}",))
     if tier != "host" and situation.planned.hardware.host_bytes > budgets.host_bytes:

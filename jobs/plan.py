@@ -28,6 +28,8 @@ from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.config import LoRA, TrainSpec
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
+MLP_TILE = 2048
+"""Rows of a tile of the MLP that are proposed where the job has none."""
 LONGEST_STEP = 1024
 """`--longest` answers in multiples of so many tokens."""
 
@@ -49,6 +51,8 @@ class Planned:
     """Sizes of a step, in words."""
     tokens_per_step: int = 0
     """Of all ranks together; 0 where nobody asked."""
+    tiled_s: float | None = None
+    """A step with `memory.mlp_tile` at `MLP_TILE`, where that would be quicker; worked out only where it is likely."""
 
     @property
     def next_best(self) -> Alternative | None:
@@ -89,7 +93,23 @@ def plan(
     policy = job.memory.plan
     if policy == "solve":
         solution = solved(problem)
-        return Planned(policy, hardware, problem, solution.placement, solution.prediction, solution, calibration)
+        tiled_s = None
+        if calibration is None and solution.placement.saved == "host" and train.memory.mlp_tile == "off":
+            # a layer's working set is what is too large, and tiles make it smaller for less
+            tiles = train.memory.model_copy(update={"mlp_tile": MLP_TILE})
+            tiled = problem_of(job, train.model_copy(update={"memory": tiles}), facts, hardware)
+            tiled_s = solved(tiled).prediction.step_s
+            tiled_s = tiled_s if tiled_s < solution.prediction.step_s else None
+        return Planned(
+            policy,
+            hardware,
+            problem,
+            solution.placement,
+            solution.prediction,
+            solution,
+            calibration,
+            tiled_s=tiled_s,
+        )
     placement = fixed_policy(problem, policy)
     return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None, calibration)
 

@@ -11,7 +11,7 @@ from farspan.jobs.calibrate import device_name, known_calibration, measure_here,
 from farspan.jobs.facts import hardware_of, machine_beside, model_facts
 from farspan.jobs.load import Loaded
 from farspan.jobs.mesh import by_prediction
-from farspan.jobs.plan import Planned, longest_context, plan, size
+from farspan.jobs.plan import MLP_TILE, Planned, longest_context, plan, size
 from farspan.jobs.resolve import batch_chain, mesh_reason, resolve
 from farspan.memory.plan import TIERS, LayerPlan, Placement
 
@@ -112,6 +112,9 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
         console.print(
             f"next best: {planned.next_best.kind}, {planned.next_best.step_s:.4g} s ({more:+.1%})", highlight=False
         )
+    if planned.tiled_s is not None:
+        less = planned.tiled_s / prediction.step_s - 1
+        console.print(f"quicker: memory.mlp_tile={MLP_TILE}, {planned.tiled_s:.4g} s ({less:+.1%})", highlight=False)
     if longest_tokens is not None:
         console.print(f"longest context that fits: {longest_tokens:,} tokens", highlight=False)
     for how in ("measured", "assumed"):
@@ -178,6 +181,7 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "solve_s": solution.solve_s if solution else 0.0,
         "segments": [[unit.start, unit.stop] for unit in planned.placement.units()[::-1]],
         "next_best": None,
+        "tiled_s": planned.tiled_s,
         "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:

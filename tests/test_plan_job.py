@@ -59,6 +59,9 @@ def test_where_no_rebuilt_layer_fits_its_saved_tensors_wait_on_the_host() -> Non
     copied = sum(kind.rebuild_host_bytes for kind in found.problem.saving("host").kinds)
     assert found.prediction.moved_bytes["copy_out"] > 31 * copied > 0
     assert found.prediction.parts.backward_copies_s > 0
+    tiled = planned("512k", mlp_tile=2048)
+    assert tiled.placement.saved == "device"
+    assert found.tiled_s == tiled.prediction.step_s < found.prediction.step_s
 
 
 def test_a_policy_that_does_not_fit_is_refused_with_the_sum() -> None:
