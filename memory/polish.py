@@ -26,7 +26,7 @@ Key = tuple[float, ...]
 Change = tuple[int, str, object]
 """Layer (-1: the placement), field or linear class, new value."""
 WALKED_LAYERS = 20_000
-"""Layers walked by one `improve` at most: a fraction of a second."""
+"""Layers walked by one `best_near` at most from its starts together, and again from the best: a second or two."""
 
 
 def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
@@ -109,19 +109,27 @@ def best_near(
     walked = [(key(evaluator.walk(placement)), index, placement) for index, placement in enumerate(placements)]
     best = [placement for _, _, placement in sorted(walked)[: starts - len(taken)]] + taken
     if starts > 1:
-        improved = [improve(evaluator, placement, key, at_once=2) for placement in best]
+        walked_layers = WALKED_LAYERS // len(best)
+        improved = [improve(evaluator, placement, key, at_once=2, walked_layers=walked_layers) for placement in best]
         best = sorted(improved, key=lambda placement: key(evaluator.walk(placement)))
     return improve(evaluator, best[0], key, at_once=3)
 
 
-def improve(evaluator: Evaluator, placement: Placement, key: Callable[[Walk], Key], *, at_once: int) -> Placement:
+def improve(
+    evaluator: Evaluator,
+    placement: Placement,
+    key: Callable[[Walk], Key],
+    *,
+    at_once: int,
+    walked_layers: int = WALKED_LAYERS,
+) -> Placement:
     """The best placement that a local search finds, by the smallest `key`.
 
     A round makes one change after another and keeps what helps; when a round finds nothing, pairs and then up to
     `at_once` changes together are tried, and the first that helps starts over.
     """
     best, best_key = placement, key(evaluator.walk(placement))
-    walks, order, size = WALKED_LAYERS // len(placement.layers), Random(0), 1
+    walks, order, size = walked_layers // len(placement.layers), Random(0), 1
     while size <= at_once:
         found = False
         singles = list(changes(evaluator, best))

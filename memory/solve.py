@@ -344,7 +344,7 @@ def longest(problem_at: Callable[[int], PlanProblem], *, step_tokens: int, most_
         problem = problem_at(guess * step_tokens)
         device_bytes = problem.budgets.device_bytes
         spare.setdefault(0, device_bytes - sum(state.bytes for state in problem.states if state.tier == "device"))
-        least = evaluate(problem, smallest_device(problem))
+        least = evaluate(problem, smallest_device(problem, rough=True))
         spare[guess] = device_bytes - least.device_peak_bytes
         if not least.fits:
             stale, fails = fits, guess
