@@ -65,6 +65,27 @@ class Program:
 
     def solve(self, *, time_limit_s: float = 10.0) -> tuple[float, np.ndarray] | None:
         """Optimum (of a mixed-integer program: the proven bound) and columns; None when infeasible."""
+        solver = self._solver(time_limit_s)
+        solver.run()
+        if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        info = solver.getInfo()
+        bound = info.mip_dual_bound if self.integers else info.objective_function_value
+        return bound, np.asarray(solver.getSolution().col_value)
+
+    def improve(self, columns: Sequence[float], *, enough: float, time_limit_s: float) -> np.ndarray | None:
+        """The best columns found from given ones within a time, or as soon as they cost no more than `enough`."""
+        solver = self._solver(time_limit_s)
+        solver.setOptionValue("objective_target", enough * (1 + 1e-9))
+        start = highspy.HighsSolution()
+        start.col_value = list(columns)
+        solver.setSolution(start)
+        solver.run()
+        if solver.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return None
+        return np.asarray(solver.getSolution().col_value)
+
+    def _solver(self, time_limit_s: float) -> highspy.Highs:
         program = highspy.HighsLp()
         program.num_col_, program.num_row_ = len(self.cost), len(self.row_lower)
         program.col_cost_ = np.array(self.cost)
@@ -84,12 +105,7 @@ class Program:
             solver.setOptionValue(option, value)
         status = solver.passModel(program)
         assert status == highspy.HighsStatus.kOk, status
-        solver.run()
-        if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return None
-        info = solver.getInfo()
-        bound = info.mip_dual_bound if self.integers else info.objective_function_value
-        return bound, np.asarray(solver.getSolution().col_value)
+        return solver
 
 
 def alike(linear: Sequence[LinearClass]) -> list[list[LinearClass]]:
