@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from farspan.memory.plan import TIERS, LayerPlan, Placement, Rows, Tier
-from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, PlanProblem, State
+from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, OnHost, PlanProblem, State
 from farspan.memory.replay import Replay, replay
 from farspan.memory.replay_clock import LANES, Peak
 
@@ -38,6 +38,17 @@ KIND = LayerKind(
     keep_backward_peak_bytes=300,
     gradient_bytes=100,
 )
+ON_HOST = OnHost(
+    keep_bytes=60,
+    keep_forward_peak_bytes=110,
+    keep_backward_peak_bytes=240,
+    rebuild_peak_bytes=330,
+    keep_host_bytes=440,  # `SLOW`: 110 s out
+    keep_fetched_bytes=520,  # 65 s in
+    rebuild_host_bytes=360,  # 90 s out
+    rebuild_fetched_bytes=400,  # 50 s in
+)
+SAVING = KIND.model_copy(update={"on_host": ON_HOST})
 HEAD = Head(
     held_bytes=10,
     forward_s=5.0,
@@ -277,6 +288,64 @@ def test_frozen_layers_run_forward_only() -> None:
     assert held_during(run, "optimizer step") == 2000 + 30 + 100 + 50  # no gradient of the embedding
 
 
+def test_kept_layers_with_saved_tensors_on_the_host() -> None:
+    run = replay(problem_of(2, SAVING), placement_of(LayerPlan(keep=True), LayerPlan(keep=True), saved="host"))
+    assert causes(run) == {"forward": 2 * (10 + 110), "head": 5, "backward": 2 * (22 + 65), "step": 7}
+    assert run.lane_bytes == {"copy_out": 880, "disk_write": 0, "disk_read": 0, "copy_in": 1040}
+    assert {span.lane for span in run.spans} == {"compute"}
+    assert held_during(run, "layer 0 forward") == 2010 + 80 + 60 + 110
+    assert held_during(run, "layer 1 forward") == 2010 + 60 + 80 + 60 + 110
+    assert held_during(run, "layer 1 backward") == 2040 + 120 + 100 + 240
+    assert held_during(run, "layer 0 backward") == 2040 + 60 + 200 + 240
+    assert run.peaks["device"] == Peak(2040 + 120 + 400, 240.0, "head")
+    operations = ("layer 0 forward", "layer 1 forward", "head", "layer 1 backward", "layer 0 backward")
+    assert [held_during(run, each, "host") - 3000 for each in operations] == [440, 880, 880, 880, 440]
+    assert run.peaks["host"] == Peak(3880, 120.0, "layer 1 forward")
+
+
+def test_copies_of_saved_tensors_use_no_lane_and_wait_for_none() -> None:
+    run = replay(problem_of(2, SAVING), placement_of(LayerPlan(x=HOST), LayerPlan(keep=True), saved="host"))
+    # layer 0, rebuilt, copies nothing in forward. Its x leaves while layer 1 copies what it saves, from 10 to 130, and
+    # is back while the head runs to 135. Layer 1 comes back until 222, the rebuild ends at 322, its backward at 394
+    assert spans_of(run, "copy_out") == [(10, 30)]
+    assert spans_of(run, "copy_in") == [(130, 140)]
+    assert spans_of(run, "compute") == [(0, 10), (10, 130), (130, 135), (135, 222), (222, 322), (322, 394), (394, 401)]
+    assert causes(run) == {"forward": 130, "head": 5, "rebuild": 10 + 90, "backward": 87 + 22 + 50, "step": 7}
+    assert (run.lane_bytes["copy_out"], run.lane_bytes["copy_in"]) == (80 + 440 + 360, 80 + 520 + 400)
+    on_host = [balance(run, "host", time_s) - 3000 for time_s in (5, 20, 132, 200, 300, 390, 394)]
+    assert on_host == [0, 520, 520, 440, 360, 360, 0]
+    assert run.peaks["host"] == Peak(3520, 10.0, "layer 1 forward")
+    assert held_during(run, "layer 0 rebuild") == 2040 + 100 + 80 + 40 + 330
+
+
+@pytest.mark.parametrize("between", ["xo", "o"])
+def test_rebuilds_of_a_segment_with_saved_tensors_on_the_host(between: str) -> None:
+    down = LinearClass(name="down", bytes=80, matmul_s=5.0, inner_only=True)
+    kind = SAVING.model_copy(update={"linear": (*KIND.linear, down), "forward_s": 11.0})
+    layers = LayerPlan(x=DEVICE, o=Rows(device=4), linear={"down": DEVICE}), LayerPlan()
+    run = replay(problem_of(2, kind), placement_of(*layers, between=between, saved="host"))
+    assert run.cause_s["forward"] == 2 * (11 + 4)
+    assert run.cause_s["inner_forward"] == 6 + 4 / 4  # saves nothing; `down` and half of O are given
+    assert run.cause_s["rebuild"] == (6 + 4 + 90) + (6 + 90)  # neither runs `down`; both make q and gate
+    assert run.cause_s["backward"] == 2 * (22 + 50)
+    assert (run.lane_bytes["copy_out"], run.lane_bytes["copy_in"]) == (720, 800)
+    rebuilds = [f"layer {layer} {each}" for layer in (1, 0) for each in ("rebuild", "backward")]
+    assert [held_during(run, each, "host") for each in rebuilds] == [3360] * 4
+    assert held_during(run, "layer 0 inner forward", "host") == 3000
+    # `down` of layer 0 is there, needed or not, and takes the place of nothing
+    assert held_during(run, "layer 1 rebuild") == 2040 + 80 + 80 + 40 + 80 + 40 + 330
+    assert held_during(run, "layer 0 rebuild") == 2040 + 100 + 80 + 80 + 40 + 330
+
+
+def test_micro_batches_copy_anew_and_frozen_layers_save_nothing() -> None:
+    problem = problem_of(2, SAVING, frozen_below=1, micro_batches=3)
+    run = replay(problem, placement_of(LayerPlan(keep=True), LayerPlan(keep=True), saved="host"))
+    assert run.seconds == 3 * (10 + (10 + 110) + 5 + (22 + 65)) + 7
+    assert (run.lane_bytes["copy_out"], run.lane_bytes["copy_in"]) == (3 * 440, 3 * 520)
+    assert run.peaks["host"] == Peak(3440, 10.0, "layer 1 forward")
+    assert held_during(run, "layer 0 forward") == 2010 + 80 + 200
+
+
 def test_over_budget_names_tier_amount_and_operation() -> None:
     placement = placement_of(LayerPlan(x=DEVICE), LayerPlan(x=DISK))
     budgets = Budgets(device_bytes=3019, host_bytes=3080, disk_bytes=79, disk_write_bytes=60)
@@ -320,6 +389,16 @@ def kinds(draw: st.DrawFn, name: str) -> LayerKind:
         rebuild_peak_bytes=20 * ROWS + draw(size),
         keep_backward_peak_bytes=20 * ROWS + draw(size),
         gradient_bytes=draw(size),
+        on_host=OnHost(
+            keep_bytes=draw(size),
+            keep_forward_peak_bytes=10 * ROWS + draw(size),
+            keep_backward_peak_bytes=20 * ROWS + draw(size),
+            rebuild_peak_bytes=20 * ROWS + draw(size),
+            keep_host_bytes=draw(size),
+            keep_fetched_bytes=draw(size),
+            rebuild_host_bytes=draw(size),
+            rebuild_fetched_bytes=draw(size),
+        ),
     )
 
 
@@ -348,7 +427,8 @@ def placements(draw: st.DrawFn, problem: PlanProblem, tiers: tuple[Tier, ...] = 
         cuts = sorted(draw(st.lists(st.integers(0, held), min_size=len(tiers) - 1, max_size=len(tiers) - 1)))
         return Rows(**{tier: end - start for tier, start, end in zip(tiers, [0, *cuts], [*cuts, held])})
 
-    layers = []
+    layers, saved = [], draw(st.sampled_from(["device", "host"]))
+    problem = problem.saving(saved)
     for layer in range(len(problem.layers)):
         if draw(st.integers(0, 3)) == 0:
             layers.append(LayerPlan(keep=True))
@@ -359,7 +439,7 @@ def placements(draw: st.DrawFn, problem: PlanProblem, tiers: tuple[Tier, ...] = 
         x = rows(whole=True) if head else None
         layers.append(LayerPlan(x=x, o=o, linear={name: rows() for name in names}))
     between, prefetch, slots = draw(st.tuples(st.sampled_from(["xo", "o"]), st.integers(0, 3), st.integers(1, 3)))
-    return placement_of(*layers, between=between, prefetch=prefetch, slots=slots)
+    return placement_of(*layers, between=between, prefetch=prefetch, slots=slots, saved=saved)
 
 
 @st.composite
@@ -385,6 +465,14 @@ def away_rows(problem: PlanProblem, placement: Placement, layer: int, tier: Tier
     sizes = {"x": kind.x_bytes, "o": kind.o_bytes} | {each.name: each.bytes for each in kind.linear}
     rows = {"x": plan.x or Rows(), "o": plan.o} | plan.linear
     return sum(sizes[name] * rows[name].on(tier) // ROWS for name in rows)
+
+
+def copied_bytes(problem: PlanProblem, placement: Placement, layer: int) -> tuple[int, int]:
+    """Saved tensors of a trained layer that compute copies out and in, all micro-batches together."""
+    kind, keep = problem.kind(layer), placement.layers[layer].keep
+    out = kind.keep_host_bytes if keep else kind.rebuild_host_bytes
+    back = kind.keep_fetched_bytes if keep else kind.rebuild_fetched_bytes
+    return out * problem.micro_batches, back * problem.micro_batches
 
 
 def check_closes(problem: PlanProblem, placement: Placement, run: Replay) -> None:
@@ -446,6 +534,10 @@ def check_work(problem: PlanProblem, placement: Placement, run: Replay) -> None:
             attentions, inner_attentions = (1, min(above, 1)) if kind.o_bytes else (passes + 1, passes)
             work["inner_forward"] += (passes * inner_s + inner_attentions * attention_s) * problem.micro_batches
             work["rebuild"] += (rebuild_s + (attentions - inner_attentions) * attention_s) * problem.micro_batches
+    for layer in range(problem.frozen_below, len(problem.layers)):
+        out, back = copied_bytes(problem, placement, layer)
+        work["forward" if placement.layers[layer].keep else "rebuild"] += out / problem.links.copy_out_bytes_per_s
+        work["backward"] += back / problem.links.copy_in_bytes_per_s
     for cause, seconds in work.items():
         assert run.cause_s[cause] == pytest.approx(seconds), cause
 
@@ -468,6 +560,10 @@ def check_peaks(problem: PlanProblem, placement: Placement, run: Replay) -> None
         else:
             largest = max(largest, kind.x_bytes + kind.forward_peak_bytes, kind.x_bytes + kind.rebuild_peak_bytes)
     assert run.peaks["device"].bytes >= state_bytes(problem, "device") + largest
+    trained = range(problem.frozen_below, len(problem.layers))
+    kept_bytes = sum(problem.kind(layer).keep_host_bytes for layer in trained if placement.layers[layer].keep)
+    rebuilt = [problem.kind(layer).rebuild_host_bytes for layer in trained if not placement.layers[layer].keep]
+    assert run.peaks["host"].bytes >= state_bytes(problem, "host") + max([kept_bytes, *rebuilt])
 
 
 def check_bytes(problem: PlanProblem, placement: Placement, run: Replay) -> None:
@@ -479,7 +575,9 @@ def check_bytes(problem: PlanProblem, placement: Placement, run: Replay) -> None
     }
     both = moved["host"] + moved["disk"]
     expected = {"copy_out": both, "disk_write": moved["disk"], "disk_read": moved["disk"], "copy_in": both}
-    assert run.lane_bytes == expected
+    saved = [copied_bytes(problem, placement, layer) for layer in range(problem.frozen_below, len(problem.layers))]
+    by_compute = {"copy_out": sum(out for out, _ in saved), "copy_in": sum(back for _, back in saved)}
+    assert run.lane_bytes == {lane: size + by_compute.get(lane, 0) for lane, size in expected.items()}
     for lane, size in expected.items():
         assert sum(span.bytes for span in run.spans if span.lane == lane) == size
 
@@ -541,9 +639,10 @@ CHECKS = (
 @settings(max_examples=150, deadline=None)
 @given(steps())
 def test_invariants(step: tuple[PlanProblem, Placement]) -> None:
-    run = replay(*step)
+    problem, placement = step
+    run = replay(problem, placement)
     for check in CHECKS:
-        check(*step, run)
+        check(problem.saving(placement.saved), placement, run)
 
 
 @settings(max_examples=60, deadline=None)
@@ -640,6 +739,15 @@ def test_checks_notice_a_break(check: Callable[..., None], break_: Callable[[Rep
         check(problem, placement, break_(run))
 
 
+@pytest.mark.parametrize("check", [check_work, check_bytes, check_peaks])
+@pytest.mark.parametrize("layer", [LayerPlan(keep=True), LayerPlan(x=DEVICE)])
+def test_checks_notice_that_saved_tensors_are_not_copied(check: Callable[..., None], layer: LayerPlan) -> None:
+    problem, placement = problem_of(2, SAVING), placement_of(layer, layer, saved="host")
+    check(problem.saving("host"), placement, replay(problem, placement))
+    with pytest.raises(AssertionError):
+        check(problem.saving("host"), placement, replay(problem, placement.model_copy(update={"saved": "device"})))
+
+
 def test_placements_that_mean_nothing_are_refused() -> None:
     nonsense = [
         [LayerPlan(), LayerPlan(x=DEVICE)],  # nothing to recompute layer 0 from
@@ -657,6 +765,10 @@ def test_placements_that_mean_nothing_are_refused() -> None:
     for layers in wrong:
         with pytest.raises(AssertionError):
             replay(problem_of(2), placement_of(*layers))
+    with pytest.raises(AssertionError):  # the rebuild makes `q` anew
+        replay(problem_of(1, SAVING), placement_of(LayerPlan(x=DEVICE, linear={"q": DEVICE}), saved="host"))
+    with pytest.raises(AssertionError):  # nobody knows what this would take
+        replay(problem_of(1), placement_of(LayerPlan(x=DEVICE), saved="host"))
     without_o = KIND.model_copy(update={"o_bytes": 0})
     with pytest.raises(AssertionError):
         replay(problem_of(1, without_o), placement_of(LayerPlan(x=DEVICE, o=DEVICE)))
