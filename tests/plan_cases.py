@@ -37,18 +37,19 @@ def linear_classes(draw: st.DrawFn, name: str, inner_only: bool, rows: int, tile
 
 @st.composite
 def layer_kinds(
-    draw: st.DrawFn, name: str, rows: int, classes: int, o_blocks: int, o_block_rows: int, gradients: bool
+    draw: st.DrawFn, name: str, shape: tuple[int, int, int, int], classes: int, gradients: bool
 ) -> LayerKind:
-    x_bytes = draw(st.integers(1, 4)) * 4 * rows
+    rows, x_bytes, o_blocks, o_block_rows = shape
     names = [("o_proj", False), ("down_proj", True), ("gate_proj", False)]
     tiles = draw(st.sampled_from([t for t in (1, 2, 4) if rows % t == 0]))
     linear = tuple(draw(linear_classes(name, inner, rows, tiles)) for name, inner in names[:classes])
     elementwise_s = draw(SECONDS)
     has_attention = draw(st.integers(0, 4)) > 0
+    o_bytes = draw(st.integers(1, 6)) * 4 * o_blocks if has_attention else 0
     return LayerKind(
         name=name,
         x_bytes=x_bytes,
-        o_bytes=draw(st.integers(1, 6)) * 4 * o_blocks if has_attention else 0,
+        o_bytes=o_bytes,
         o_block_rows=o_block_rows if has_attention else 1,
         linear=linear,
         keep_bytes=draw(st.integers(1, 30)) * 4,
@@ -59,7 +60,7 @@ def layer_kinds(
         attention_backward_s=draw(SECONDS) if has_attention else 0.0,
         elementwise_s=elementwise_s,
         exchange_s=draw(st.sampled_from([0.0, 0.125])),
-        forward_peak_bytes=x_bytes + draw(st.integers(0, 10)) * 4,
+        forward_peak_bytes=x_bytes + o_bytes + draw(st.integers(0, 10)) * 4,
         keep_forward_peak_bytes=x_bytes + draw(st.integers(0, 5)) * 4,
         # what is given of it and the gradient of the output are there at once
         rebuild_peak_bytes=2 * x_bytes + sum(c.bytes for c in linear) + draw(st.integers(0, 20)) * 4,
@@ -87,11 +88,13 @@ def on_hosts(draw: st.DrawFn, x_bytes: int) -> OnHost:
 def problems(draw: st.DrawFn, layers: int = 6, kinds: int = 2, classes: int = 3, blocks: int = 8) -> PlanProblem:
     """A problem of at most so many layers, kinds, linear classes and blocks of O, that may or may not be feasible."""
     rows = draw(st.sampled_from([1, 2, 4, 8]))
+    x_bytes = draw(st.integers(1, 4)) * 4 * rows  # of all kinds: the output of one is the input of another
     o_blocks = draw(st.sampled_from([b for b in (1, 2, 4, 8) if b <= blocks]))
     o_block_rows = draw(st.sampled_from([1, 2]))
     gradients = draw(st.booleans())
+    shape = (rows, x_bytes, o_blocks, o_block_rows)
     drawn = tuple(
-        draw(layer_kinds(f"kind{index}", rows, draw(st.integers(0, classes)), o_blocks, o_block_rows, gradients))
+        draw(layer_kinds(f"kind{index}", shape, draw(st.integers(0, classes)), gradients))
         for index in range(draw(st.integers(1, kinds)))
     )
     names = draw(st.lists(st.sampled_from([kind.name for kind in drawn]), min_size=1, max_size=layers))
@@ -173,6 +176,36 @@ def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
         frozen_below=problem.frozen_below,
         saved=saved,
     )
+
+
+@st.composite
+def apart(draw: st.DrawFn, problem: PlanProblem) -> Placement:
+    """Each layer kept or rebuilt by itself, at most one of its tensors off the device, whole, on one tier.
+
+    Then there is one way to tell the story: no order of transfers, no waiting for part of a unit.
+    """
+    drawn, layers = draw(placements(problem)), []
+    for plan in drawn.layers:
+        linear = {name: Rows(device=rows.stored) for name, rows in plan.linear.items()}
+        tensors = {"x": Rows(device=problem.rows), "o": Rows(device=plan.o.stored)} | linear
+        away = draw(st.sampled_from(sorted(tensors)))
+        tensors[away] = Rows(**{draw(st.sampled_from(TIERS)): tensors[away].stored})
+        x, o = tensors.pop("x"), tensors.pop("o")
+        layers.append(KEEP if plan.keep else LayerPlan(x=x, o=o, linear=tensors))
+    return drawn.model_copy(update={"layers": tuple(layers)})
+
+
+@st.composite
+def on_the_device(draw: st.DrawFn, problem: PlanProblem) -> Placement:
+    """Any placement whose stored rows all lie on the device."""
+
+    def here(plan: LayerPlan) -> LayerPlan:
+        linear = {name: Rows(device=rows.stored) for name, rows in plan.linear.items()}
+        x = None if plan.x is None else Rows(device=problem.rows)
+        return KEEP if plan.keep else LayerPlan(x=x, o=Rows(device=plan.o.stored), linear=linear)
+
+    drawn = draw(placements(problem))
+    return drawn.model_copy(update={"layers": tuple(here(plan) for plan in drawn.layers)})
 
 
 def llama_8b(tokens: int, kernels: Literal["today", "tiled"], layers: int = 32) -> PlanProblem:
