@@ -18,7 +18,6 @@ from farspan.memory.problem import PlanProblem
 from farspan.memory.replay import Replay, replay
 from farspan.memory.solve import solve
 
-
 Compared = tuple[PlanProblem, Placement, Prediction, Replay]
 SAME = 1e-9
 
@@ -57,7 +56,7 @@ def test_layers_apart_agree_to_the_byte(data: st.DataObject) -> None:
     assert predicted.host_bytes == replayed.peaks["host"].bytes
     assert predicted.disk_bytes == replayed.peaks["disk"].bytes
     most = replayed.peaks["device"]
-    # the walk has no moment between a unit asked for and a unit run, when the gradient it waits with is all it holds more
+    # the walk has no moment while a unit is waited for, when the gradient that backward has come to is held too
     forgotten = problem.kinds[0].x_bytes if most.operation.startswith(("ask for", "waiting for")) else 0
     assert most.bytes - forgotten <= predicted.device_peak_bytes <= most.bytes
 

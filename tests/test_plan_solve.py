@@ -418,6 +418,38 @@ def test_three_layers_reach_the_optimum(problem: PlanProblem, tightness: int) ->
     against_everything(problem, tightness)
 
 
+@pytest.mark.parametrize(
+    ("rate", "device_bytes", "saved", "step_s"),
+    [
+        # saving on the device takes 1866 bytes or more
+        (20, 1389, "host", 77.5 + 2 * (480 + 600) / 20),  # both kept
+        (20, 1865, "host", 77.5 + 2 * (4 + (300 + 400) / 20)),  # both rebuilt, their O stored
+        # saving on the host takes less than recomputing what the lanes cannot bring: 1 s elementwise
+        (10_000, 2000, "host", 77.5 + 2 * (480 + 600) / 10_000),
+        # saving on the host fits, and is slower
+        (20, 1866, "device", 86.5),
+        (0.1, 1959, "device", 81.5),
+    ],
+)
+def test_saved_tensors_wait_where_every_placement_says(
+    rate: float, device_bytes: int, saved: Saved, step_s: float
+) -> None:
+    lanes = links(copy_out=rate, copy_in=rate, disk_write=rate / 4, disk_read=rate / 4)
+    problem = with_device(whole_tensors(by_hand(layers=2, attention_rows=1, links=lanes)), device_bytes)
+    problem = problem.model_copy(update={"kinds": (problem.kinds[0].model_copy(update={"on_host": ON_HOST}),)})
+    limits = Evaluator(problem).limits
+    best_s: dict[Saved, float] = {}
+    for where in ("device", "host"):
+        walks = every_walk_saving(problem.saving(where))
+        fitting = [s for used, s in walks if all(used[name] <= limit for name, limit in limits.items())]
+        best_s[where] = min(fitting, default=float("inf"))
+    assert min(best_s.values()) == best_s[saved] == pytest.approx(step_s, rel=SAME)
+    assert best_s["host"] < float("inf")
+    solution = solve(problem)
+    assert solution.placement.saved == saved
+    assert solution.prediction.step_s == pytest.approx(step_s, rel=SAME)
+
+
 # The solver's promises on problems too large for that
 
 
