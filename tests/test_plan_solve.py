@@ -413,7 +413,7 @@ def test_two_layers_with_a_linear_class_reach_the_optimum(problem: PlanProblem, 
 
 
 @given(problems(layers=3, classes=0, blocks=1).map(whole_tensors), st.integers(1, 10))
-@searching(4)
+@searching(8)
 def test_three_layers_reach_the_optimum(problem: PlanProblem, tightness: int) -> None:
     against_everything(problem, tightness)
 
