@@ -9,7 +9,7 @@ LIMIT_S = 600.0
 """Building a wide model's layer and running it some thirty times, on a slow core."""
 
 
-def measure_on_cluster(request: CalibrationRequest, *, cpus: float) -> str:
+def measure_on_cluster(request: CalibrationRequest, *, cpus: float, gpus: int = 0) -> str:
     """JSON of `memory.calibration.Measured`.
 
     Raises:
@@ -19,7 +19,7 @@ def measure_on_cluster(request: CalibrationRequest, *, cpus: float) -> str:
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     environment = {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
-    task = ray.remote(num_cpus=cpus, max_retries=1, runtime_env={"env_vars": environment})
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, runtime_env={"env_vars": environment})
     answer = task(_measure).remote(request.model_dump_json())
     try:
         return str(ray.get(answer, timeout=LIMIT_S))

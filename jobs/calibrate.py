@@ -54,15 +54,6 @@ def not_measured(device: str) -> JobError:
     )
 
 
-def not_on_gpu() -> JobError:
-    return JobError(
-        "layers cannot be measured on a GPU yet",
-        at="memory.profile",
-        why="what a layer keeps and needs is read off the events of the CPU allocator",
-        try_="--set memory.profile=auto, which plans with the analytic profile there",
-    )
-
-
 def measured_calibration(
     job: SFTJob, train: TrainSpec, facts: ModelFacts, device: str, measure: Measure
 ) -> Calibration:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,7 +305,33 @@ def machine_beside(job: SFTJob) -> Machine:
                 (node,), cpu_memory_bytes=hardware.host_bytes * ranks, gpu_memory_bytes=hardware.device_bytes
             )
     node = {"CPU": float(len(os.sched_getaffinity(0)))}
-    return Machine((node,), cpu_memory_bytes=int(RAY_SHARE * psutil.virtual_memory().total))
+    memory_bytes = int(RAY_SHARE * psutil.virtual_memory().total)
+    gpus = _gpus_here() if asked == "auto" and job.cluster.use_gpu is not False else []
+    if not gpus:
+        return Machine((node,), cpu_memory_bytes=memory_bytes)
+    name, gpu_bytes = gpus[0]
+    return Machine(({**node, "GPU": float(len(gpus))},), memory_bytes, gpu_bytes, name)
+
+
+def _gpus_here() -> list[tuple[str, int]]:
+    """Name and memory of each GPU that this process may use, as the driver's tool tells them: planning needs no torch.
+
+    The driver's total is a little more than what CUDA gives; a plan keeps away from it anyway.
+    """
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return []
+    query = [tool, "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        rows = [[field.strip() for field in line.split(",")] for line in told.splitlines() if line.strip()]
+        found = [(index, uuid, name, int(mib) << 20) for index, uuid, name, mib in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wanted = [each.strip() for each in visible.split(",")]
+        found = [gpu for gpu in found if any(w == gpu[0] or (w and gpu[1].startswith(w)) for w in wanted)]
+    return [(name, size_bytes) for _, _, name, size_bytes in found]
 
 
 RAY_SHARE = 0.7

@@ -142,21 +142,19 @@ def _calibration(
 ) -> Calibration | None:
     """What was measured for this job on this machine, or is now, where it can change the plan."""
     from farspan.cluster.measure import measure_on_cluster
-    from farspan.jobs.calibrate import device_name, known_calibration, measured_calibration, not_on_gpu
+    from farspan.jobs.calibrate import device_name, known_calibration, measured_calibration
     from farspan.jobs.plan import is_scarce
 
     train, gang, device = resolved.train, resolved.gang, device_name(here)
     wanted = job.memory.profile == "measured"
-    if wanted and gang.use_gpu:
-        raise not_on_gpu()
-    if job.memory.profile == "analytic" or job.memory.hardware != "auto" or gang.use_gpu:
+    if job.memory.profile == "analytic" or job.memory.hardware != "auto":
         return None
     found = known_calibration(facts, train, device)
     if found is not None or not (wanted or is_scarce(job, train, facts, hardware)):
         return found
     why = "asked for" if wanted else "not counted otherwise" if facts.must_be_measured else "memory is scarce"
     _say(console, "profile", f"measuring a layer of each kind: {why}")
-    measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor)
+    measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor, gpus=int(gang.use_gpu))
     return measured_calibration(job, train, facts, device, measure)
 
 
@@ -169,7 +167,7 @@ def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Co
             f"memory.plan={policy} needs a prediction, and layers of this model have none that is analytic",
             at="memory.plan",
             why="what experts and recurrences keep depends on their kernels, so it has to be measured",
-            try_="--set memory.plan=keep, --set memory.plan=recompute, or, on CPU, --set memory.profile=auto",
+            try_="--set memory.plan=keep, --set memory.plan=recompute, or --set memory.profile=auto",
         )
     rows = -(-resolved.train.data.context // resolved.train.mesh.sp)
     _say(console, "plan", f"{policy}, not predicted: layers that were not measured")

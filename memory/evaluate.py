@@ -203,13 +203,13 @@ class Walk:
     def backward(self) -> None:
         prefetch, frozen = self.placement.prefetch, self.problem.frozen_below
         for unit, layers in enumerate(self.units):
-            if prefetch == 0 and unit > 0:
-                self.ask(unit)
+            if 0 < unit < len(self.units) - prefetch:
+                self.ask(unit + prefetch)
+            # what is asked for lies beside rows still on their way out, and beside the gradient handed down
+            self.moment("start", layers[-1], self.kinds[layers[-1]].x_bytes, 0.0, "backward_s")
             read_s, arrived_s = self.arrivals.get(unit, (0.0, 0.0))
             self.wait("disk_read", read_s)
             self.wait("copy_in", arrived_s)
-            if prefetch and 0 < unit < len(self.units) - prefetch:
-                self.ask(unit + prefetch)
             if self.costs[layers.start].keep:
                 self.kept(layers.start)
             else:
@@ -257,7 +257,8 @@ class Walk:
             kind, cost = self.kinds[layer], self.costs[layer]
             attention_s = cost.attention_s if first or kind.o_bytes == 0 else 0.0
             own_input = kind.x_bytes if layer > layers.start and not keep_inputs else 0
-            working = gradient + own_input + kind.forward_peak_bytes
+            # of a complete O that is there already, none is made
+            working = gradient + own_input + kind.forward_peak_bytes - (0 if first else kind.o_bytes)
             self.moment("inner forward", layer, working, cost.inner_s, "inner_forward_s", attention_s)
             self.seconds["rebuild_attention_s"] += attention_s
             self.device += (kind.o_bytes - cost.o) if first else 0

@@ -68,7 +68,7 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
     finally:
         subject.set_tile(None)
     return Profile(
-        device="cpu",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch_version=torch.__version__,
         sp=sp,
         mlp_tile=mlp_tile,

@@ -127,11 +127,10 @@ class LayerAllocations(_Layer):
         self._plain()
         self._keep()
         self._rebuild()
-        if self.device.type == "cpu":
-            saved_bytes = sample.runs["keep forward"][-1].totals[-1]
-            with Store(host_bytes=2 * saved_bytes + 2**20) as store:
-                self._keep(store)
-                self._rebuild(store)
+        saved_bytes = sample.runs["keep forward"][-1].totals[-1]
+        with Store(host_bytes=2 * saved_bytes + 2**20, device=self.device) as store:
+            self._keep(store)
+            self._rebuild(store)
         self.drop()
 
     def _note(self, what: str, function: Callable[[], object], store: Store | None = None) -> None:

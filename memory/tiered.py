@@ -61,7 +61,7 @@ class TieredRows:
             for target, stored in self._targets(self._fetched):
                 if target.is_contiguous():
                     assert self._store is not None
-                    self._store.fetch(stored, out=target)
+                    self._store.fetch(stored, out=target, last=True)
 
     def take(self) -> Tensor:
         """The tensor with the stored rows in place; rows before `first` are not initialised. Releases what was held.

@@ -11,6 +11,7 @@ import torch
 from _memory_cells import run_calibration, run_training
 from _memory_report import ALLOWED_MISS
 
+from farspan.memory.allocations import cuda_events
 from farspan.memory.analytic import analytic_profile
 from farspan.memory.calibration import (
     Calibration,
@@ -171,3 +172,15 @@ def test_a_plan_says_what_is_measured(here: Here) -> None:
     }  # fmt: skip
     assert sources["optimizer"].how == "assumed"
     assert Profile.model_validate_json(measured.profile.model_dump_json()) == measured.profile
+
+
+def test_events_of_the_cuda_allocator_are_told_by_what_was_asked_for() -> None:
+    """As `torch.cuda.memory._snapshot` lists them."""
+    history = [
+        {"action": "segment_alloc", "addr": 0, "size": 2 << 20, "stream": 0, "time_us": 1},
+        {"action": "alloc", "addr": 0, "size": 700, "stream": 0, "time_us": 1},
+        {"action": "alloc", "addr": 1024, "size": 7, "stream": 0, "time_us": 2},
+        {"action": "free_requested", "addr": 0, "size": 700, "stream": 0, "time_us": 3},
+        {"action": "free_completed", "addr": 0, "size": 700, "stream": 0, "time_us": 3},
+    ]
+    assert cuda_events(history) == [(1000, 700), (2000, 7), (3000, -700)]

@@ -69,7 +69,7 @@ def problem_of(folder: Path, facts: ModelFacts) -> tuple[PlanProblem, Measured]:
         kinds=tuple(shape.form(layer).name for layer in range(shape.layers)),
         gradients="first",
     )
-    profile = profile_of(request)
+    profile = profile_of(request, torch.device("cpu"))
     links: Any = {"links": CPU.links().model_dump(), "source": {"how": "measured", "what": "a test"}}
     measured = Measured(profile=profile, links=links)
     calibration = Calibration(key={}, profile=profile, links=measured.links)

@@ -49,28 +49,20 @@ def both(data: st.DataObject, drawn: Callable[[PlanProblem], st.SearchStrategy[P
 @given(data=st.data())
 @drawing(150)
 def test_layers_apart_agree_to_the_byte(data: st.DataObject) -> None:
-    problem, placement, predicted, replayed = both(data, apart)
-    if placement.prefetch and predicted.moved_bytes["disk_read"]:
-        return  # the walk asks for the next unit when it has waited for this one, the replay before
+    _, _, predicted, replayed = both(data, apart)
     assert predicted.step_s == pytest.approx(replayed.seconds, rel=SAME)
     assert predicted.host_bytes == replayed.peaks["host"].bytes
     assert predicted.disk_bytes == replayed.peaks["disk"].bytes
-    most = replayed.peaks["device"]
-    # the walk has no moment while a unit is waited for, when the gradient that backward has come to is held too
-    forgotten = problem.kinds[0].x_bytes if most.operation.startswith(("ask for", "waiting for")) else 0
-    assert most.bytes - forgotten <= predicted.device_peak_bytes <= most.bytes
+    assert predicted.device_peak_bytes == replayed.peaks["device"].bytes
 
 
 @given(data=st.data())
 @drawing(150)
 def test_segments_that_move_nothing_agree_to_the_byte(data: st.DataObject) -> None:
-    _, placement, predicted, replayed = both(data, on_the_device)
+    _, _, predicted, replayed = both(data, on_the_device)
     assert predicted.step_s == pytest.approx(replayed.seconds, rel=SAME)
     assert predicted.host_bytes == replayed.peaks["host"].bytes
-    assert predicted.device_peak_bytes >= replayed.peaks["device"].bytes
-    # an inner forward that is repeated has its O already: the walk gives it room for another one
-    if placement.between == "xo" or all(len(unit) < 3 for unit in placement.units()):
-        assert predicted.device_peak_bytes == replayed.peaks["device"].bytes
+    assert predicted.device_peak_bytes == replayed.peaks["device"].bytes
 
 
 @given(data=st.data())

@@ -163,3 +163,22 @@ def test_models_that_are_not_counted_are_refused_by_name() -> None:
     train = resolve(job, facts, machine, origins_in_python(job)).train
     with pytest.raises(JobError, match="8 experts"):
         plan(job, train, facts, hardware_of(job, machine, ranks=1, use_gpu=False))
+
+
+def test_gpus_of_this_machine_are_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    lines = ["0, GPU-aa, NVIDIA H200, 143771", "1, GPU-bb, NVIDIA H200, 143771", "2, GPU-cc, NVIDIA H200, 143771"]
+    tool.write_text("#!/bin/sh\n" + "\n".join(f"echo '{line}'" for line in lines))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    job = SFTJob(name="p", model=LLAMA_8B, data=TextData("stdlib", context="8k"))
+    here = machine_beside(job)
+    assert (here.gpus, here.gpu_memory_bytes, here.gpu_name) == (3, 143771 << 20, "NVIDIA H200")
+    for visible, count in (("0,2", 2), ("GPU-bb", 1), ("", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert machine_beside(job).gpus == count
+    assert machine_beside(job.model_copy(update={"memory": MemoryBudget(hardware="cpu")})).gpus == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6")
+    assert machine_beside(job).gpus == 0

@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farspan.errors import DoesNotFit, FarspanError
-from farspan.memory.tiers import Corrupted, OffloadFailed, OffTier, State, Store, Stored, transfer
+from farspan.memory.tiers import Corrupted, OffloadFailed, OffTier, State, Store, Stored
+from farspan.memory.tiers.device import Cpu
 from farspan.memory.tiers.disk import chunks_of
 from farspan.memory.tiers.space import PAGE_BYTES, Extent, Space, whole_pages
 
@@ -411,6 +412,26 @@ def test_freeing_what_is_queued_gives_pages_back_at_once(tmp_path: Path, monkeyp
         }
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_what_is_fetched_for_the_last_time_leaves_its_pages_when_it_has_arrived(tmp_path: Path, tier: OffTier) -> None:
+    kept = content(9 * PAGE_BYTES + 7, 0)
+    with small(tmp_path, test_seed=0) as store:
+        stored = store.put(tier, kept.clone(), label="x")
+        store.drain()
+        out = torch.empty_like(kept)
+        store.fetch(stored, out, last=True)
+        wait_for(lambda: not any(store.statistics().held_bytes.values()))
+        assert torch.equal(store.get(stored, out), kept)
+        with pytest.raises(AssertionError, match="had for the last time"):
+            store.get(stored)
+        store.free(stored)
+        again = store.put(tier, kept.clone(), label="x")  # on its way out still, or not
+        store.fetch(again, last=True)
+        assert torch.equal(store.get(again), kept)
+        wait_for(lambda: not any(store.statistics().held_bytes.values()))
+        store.free(again)
+
+
 def test_a_put_waits_for_staging_to_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small(tmp_path, host_bytes=8 * PAGE_BYTES) as store, gate(monkeypatch, "pwritev") as writes:
         store.put("disk", content(8 * PAGE_BYTES, 0))
@@ -440,7 +461,7 @@ def test_writing_to_a_tensor_that_is_being_stored_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
     with small(tmp_path, host_bytes=0 if route == "disk" else MIB) as store:
-        with gate(monkeypatch, "copy_bytes", transfer):
+        with gate(monkeypatch, "copy", Cpu):
             tensor = content(64 * PAGE_BYTES, 0)
             stored = store.put("host" if route == "host" else "disk", tensor, label="layer 3 x")
             freed = store.put("host" if route == "host" else "disk", tensor, label="layer 4 x")

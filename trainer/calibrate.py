@@ -42,15 +42,16 @@ TENSOR_BYTES = 32 * 2**20
 
 
 def calibrate(request: CalibrationRequest) -> Measured:
-    """Measure here, on the CPU: only its allocator tells every event."""
-    return Measured(profile=profile_of(request), links=measure_links(request.disk_dir))
+    """Measure on this process's device: its GPU, if it has one."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Measured(profile=profile_of(request, device), links=measure_links(request.disk_dir, device))
 
 
-def profile_of(request: CalibrationRequest) -> Profile:
+def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
     """The profile of one rank of the job."""
     first = [request.kinds.index(kind) for kind in dict.fromkeys(request.kinds)]
     config = _some_layers(_config(request), first)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"), device:
         torch.manual_seed(0)
         causal = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[request.precision], attn_implementation=attention.NAME
@@ -64,8 +65,8 @@ def profile_of(request: CalibrationRequest) -> Profile:
     )
 
     def step(rows: int) -> torch.Tensor:
-        ids = torch.randint(2, config.get_text_config().vocab_size, (1, rows))
-        positions = torch.arange(rows)[None]
+        ids = torch.randint(2, config.get_text_config().vocab_size, (1, rows), device=device)
+        positions = torch.arange(rows, device=device)[None]
         return module(ids, ids.roll(-1, 1), positions, PackedSequence((rows * request.sp,), ulysses))
 
     def set_tile(rows: int | None) -> None:
@@ -112,13 +113,13 @@ def _some_layers(config: Any, indices: Sequence[int]) -> Any:
     return config
 
 
-def measure_links(disk_dir: str | None) -> MeasuredLinks:
+def measure_links(disk_dir: str | None, device: torch.device) -> MeasuredLinks:
     """Sustained rates through the tiers themselves: copies into and out of the arena, reads and writes of the disk.
 
     A rank without a disk tier keeps the copies' rates for it; no plan uses them.
     """
     count = LINK_BYTES // TENSOR_BYTES
-    tensors = [torch.ones(TENSOR_BYTES // 4) for _ in range(2)]
+    tensors = [torch.ones(TENSOR_BYTES // 4, device=device) for _ in range(2)]
     busy: dict[str, float] = {}
     for tier in ("host", "disk") if disk_dir is not None else ("host",):
         folder = Path(disk_dir) if disk_dir is not None and tier == "disk" else None
@@ -128,6 +129,7 @@ def measure_links(disk_dir: str | None) -> MeasuredLinks:
             disk_bytes=LINK_BYTES if folder is not None else 0,
             slots=count,
             prefault=True,
+            device=device,
         ) as store:
             stored = [store.put(tier, tensors[index % 2]) for index in range(count)]
             store.drain()

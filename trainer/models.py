@@ -265,7 +265,7 @@ def decoder_layers(causal: PreTrainedModel) -> list[nn.Module]:
     return [layer for layer in causal.get_decoder().modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
-def open_store(spec: TrainSpec) -> Store | None:
+def open_store(spec: TrainSpec, device: torch.device) -> Store | None:
     """This rank's host and disk tiers, where the placement uses them."""
     from farspan.memory.tiers import Store
 
@@ -276,6 +276,7 @@ def open_store(spec: TrainSpec) -> Store | None:
         disk_dir=Path(spec.tiers.disk_dir) if spec.tiers.disk_dir is not None else None,
         disk_bytes=spec.tiers.disk_bytes,
         slots=spec.tiers.slots,
+        device=device,
     )
 
 

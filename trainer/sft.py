@@ -67,7 +67,7 @@ class Trainer:
         too_long: OnTooLong = "truncate" if data.on_too_long == "truncate" else "split"
         self.held_out = validation_packs(self.store.validation, data.context, spec.evaluate.max_tokens, too_long)
         self._write_base_model()
-        self.tiers = models.open_store(spec)
+        self.tiers = models.open_store(spec, self.grid.device)
         module, trainable = models.build(spec, self.grid.device, self.tiers)
         self._self_test(module)
         self.engine = make_engine(

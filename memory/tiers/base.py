@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,13 @@ class Chunk(NamedTuple):
     """First byte within the file; a multiple of the page size."""
 
 
+class Mark(Protocol):
+    """A moment in the work that a thread has queued on its device."""
+
+    def wait(self) -> None:
+        """Return when the device has come so far."""
+
+
 @dataclass(eq=False)
 class Job:
     """Work of a lane on a stored tensor; it is in one of the tensor's two sets until done or cancelled."""
@@ -61,6 +68,8 @@ class Job:
     bytes: int
     run: Callable[[], None]
     pending: set[Job]
+    after: Mark | None = None
+    """The device must have made, or be done with, the memory that is read or written; None: it has."""
     future: Future[None] | None = None
 
 
@@ -89,6 +98,8 @@ class Stored:
     """Where it comes back to."""
     _writing: set[Job] = field(default_factory=set)
     _reading: set[Job] = field(default_factory=set)
+    _last: bool = False
+    """Its pages are given up when it is back."""
     _freed: bool = False
 
     @property

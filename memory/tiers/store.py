@@ -6,8 +6,9 @@ itself stays until its chunks have gone through bounce buffers. Reading always g
 tensor is on its way out it is in memory, and whoever wants it back gets it from there without a read (SSDTrain,
 https://arxiv.org/abs/2408.10013, calls it forwarding).
 
-One lock guards all bookkeeping; data moves outside it. `free` and `close` work after any failure. CPU tensors only so
-far.
+One lock guards all bookkeeping; data moves outside it. `free` and `close` work after any failure. The device's memory
+is copied by `memory.tiers.device`; where the device runs behind the caller (CUDA), each transfer begins when the device
+has come to the point where it was asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from farspan.errors import DoesNotFit, FarspanError
-from farspan.memory.tiers.base import Lane, OffloadFailed, OffTier, Statistics, Stored
+from farspan.memory.tiers.base import Lane, OffTier, Statistics, Stored
+from farspan.memory.tiers.device import Device, device_of
 from farspan.memory.tiers.disk import DiskFile, chunks_of
 from farspan.memory.tiers.host import Arena
 from farspan.memory.tiers.lanes import Lanes
@@ -46,6 +48,7 @@ class Store:
         chunk_bytes: bytes per I/O call, whole pages.
         disk_threads: threads each for writing and for reading.
         prefault: touch the whole arena now and not when it is first used.
+        device: where tensors come from and go back to, default the CPU. For a CUDA device host memory is page-locked.
         test_seed: for tests: delay every worker at random and fill memory with 0xFF (NaN) when it is given up.
 
     Raises:
@@ -64,20 +67,24 @@ class Store:
         chunk_bytes: int = CHUNK_BYTES,
         disk_threads: int = DISK_THREADS,
         prefault: bool = False,
+        device: Device | torch.device | None = None,
         test_seed: int | None = None,
     ) -> None:
         assert chunk_bytes > 0 and chunk_bytes % PAGE_BYTES == 0, chunk_bytes
+        if device is None or isinstance(device, torch.device):
+            device = device_of(device or torch.device("cpu"))
+        self._device = device
         self._slots, self._chunk_bytes, self._testing = slots, chunk_bytes, test_seed is not None
         self.bounce_bytes = 0 if disk_dir is None else 2 * disk_threads * chunk_bytes
         """Host memory beside `host_bytes`, for good."""
         self._file = None if disk_dir is None else DiskFile(disk_dir, disk_bytes, checksum=checksum)
         try:
-            self._arena = Arena(host_bytes, self.bounce_bytes, prefault=prefault)
+            self._arena = Arena(host_bytes, self.bounce_bytes, prefault=prefault, device=device)
         except FarspanError:
             if self._file is not None:
                 self._file.close()
             raise
-        self._transfer = Transfer(self._arena, self._file, chunk_bytes=chunk_bytes, poison=self._testing)
+        self._transfer = Transfer(self._arena, self._file, device, chunk_bytes=chunk_bytes, poison=self._testing)
         self._ledger = Ledger()
         chaos = random.Random(test_seed) if self._testing else None
         self._lanes = Lanes(self._settle, self._ledger, disk_threads=disk_threads, chaos=chaos)
@@ -150,7 +157,7 @@ class Store:
             DoesNotFit: the tier has not so many bytes free.
             OffloadFailed: a worker failed, now or since the last call.
         """
-        _refuse_device(tensor, label)
+        assert tensor.device == self._device.torch_device, (label, tensor.device)
         assert tensor.layout == torch.strided and tensor.is_contiguous(), (label, tensor.layout, tensor.stride())
         size_bytes = tensor.numel() * tensor.element_size()
         with self._lock:
@@ -166,16 +173,18 @@ class Store:
             self._unfinished[self._group] = self._unfinished.get(self._group, 0) + 1
             self._device_bytes += size_bytes
             if size_bytes:
+                made = self._device.mark()
                 to_host = partial(self._transfer.copy_out, stored, place)
                 run = to_host if tier == "host" else partial(self._stage, stored)
-                self._lanes.submit("copy_out", stored, stored._writing, run, size_bytes)
+                self._lanes.submit("copy_out", stored, stored._writing, run, size_bytes, made)
             self._settle(stored)
         return stored
 
-    def fetch(self, stored: Stored, out: Tensor | None = None) -> None:
+    def fetch(self, stored: Stored, out: Tensor | None = None, *, last: bool = False) -> None:
         """Start bringing a tensor back, into `out` (contiguous, of its shape and dtype) or memory allocated here.
 
-        Does nothing when that was done already. What is still on its way out is not read back.
+        Does nothing when that was done already. What is still on its way out is not read back. With `last` its pages
+        are given up when it has arrived: it can be had once more, by the next `get`.
 
         Raises:
             OffloadFailed: a worker failed.
@@ -185,23 +194,29 @@ class Store:
             assert not stored._freed, stored.label
             if stored._out is not None:
                 return
+            assert not stored._last, f"{stored.label}: had for the last time"
+            stored._last = last
             original = stored._original
             if original is not None and out is None:
                 stored._out = original
                 return
-            into = torch.empty(stored.shape, dtype=stored.dtype) if out is None else out.detach()
+            into = self._empty(stored) if out is None else out.detach()
             assert into.is_contiguous() and (into.shape, into.dtype) == (stored.shape, stored.dtype), stored.label
             stored._out = into
             if original is None:
                 self._bring(stored, into)
         if original is not None:
             into.copy_(original)
+            if last:
+                with self._lock:
+                    self._settle(stored)
 
     def get(self, stored: Stored, out: Tensor | None = None, *, stall: bool = True) -> Tensor:
         """The tensor: waits for `fetch`, and starts it if need be. With `out` (any strides), that is where it is.
 
         It is the very tensor that was stored if that is still on its way out. The store keeps its copy until `free`, so
-        it can be had again. With `stall=False` waiting is not counted as one: nothing was to have been fetched ahead.
+        it can be had again, unless it was fetched for the last time. With `stall=False` waiting is not counted as a
+        stall: nothing was to have been fetched ahead.
 
         Raises:
             OffloadFailed: a worker failed.
@@ -301,14 +316,15 @@ class Store:
         """Queue what fills `into`, with the lock held."""
         if self._testing:
             flat_bytes(into).fill_(0xFF)  # so that bytes nobody brought are seen
+        released = self._device.mark()  # by whatever used this memory before
         if stored.tier == "host" or stored._staging is not None:
             place = stored._place if stored._staging is None else (stored._staging,)
             run = partial(self._transfer.copy_in, place, into)
-            self._lanes.submit("copy_in", stored, stored._reading, run, stored.bytes)
+            self._lanes.submit("copy_in", stored, stored._reading, run, stored.bytes, released)
             return
         for index, chunk in enumerate(stored._chunks):
             run = partial(self._transfer.read, stored, index, into)
-            self._lanes.submit("disk_read", stored, stored._reading, run, chunk.bytes)
+            self._lanes.submit("disk_read", stored, stored._reading, run, chunk.bytes, released)
 
     def _settle(self, stored: Stored) -> None:
         """Give up what a tensor no longer needs, with the lock held."""
@@ -325,12 +341,14 @@ class Store:
             self._arena.space.release((stored._staging,))
             self._staging_bytes -= stored._staging.bytes
             stored._staging = None
-        if stored._freed and stored in self._live and not stored._reading:
-            self._live.remove(stored)
-            stored._out = None
+        if (stored._freed or stored._last) and not stored._reading and stored._place:
             if stored.tier == "host":
                 self._transfer.spoil(stored._place)
             self._space(stored.tier).release(stored._place)
+            stored._place = ()
+        if stored._freed and not stored._reading and stored in self._live:
+            self._live.remove(stored)
+            stored._out = None
         self._ledger.held(self._held_bytes())
         self._lock.notify_all()
 
@@ -355,6 +373,9 @@ class Store:
             stored._original = None
             self._device_bytes -= stored.bytes
 
+    def _empty(self, stored: Stored) -> Tensor:
+        return torch.empty(stored.shape, dtype=stored.dtype, device=self._device.torch_device)
+
     def _space(self, tier: OffTier) -> Space:
         if tier == "host":
             return self._arena.space
@@ -368,13 +389,3 @@ class Store:
             "staging": self._staging_bytes,
             "disk": 0 if self._file is None else self._file.space.used_bytes,
         }
-
-
-def _refuse_device(tensor: Tensor, label: str) -> None:
-    if tensor.device.type != "cpu":
-        raise OffloadFailed(
-            f"tensors on {tensor.device.type} cannot be offloaded yet",
-            at=label or "a tensor",
-            why="the tiers copy between CPU tensors only so far",
-            try_="a plan that keeps all on the device",
-        )

@@ -11,11 +11,11 @@ import contextlib
 import queue
 from collections.abc import Iterator
 
-import numpy
 import torch
 from torch import Tensor
 
 from farspan.memory.tiers.base import Chunk, OffloadFailed, Stored
+from farspan.memory.tiers.device import Device
 from farspan.memory.tiers.disk import DiskFile
 from farspan.memory.tiers.host import Arena
 from farspan.memory.tiers.space import Extent, whole_pages
@@ -28,8 +28,8 @@ class Transfer:
         poison: fill what is freed with 0xFF, NaN in every floating type.
     """
 
-    def __init__(self, arena: Arena, file: DiskFile | None, *, chunk_bytes: int, poison: bool) -> None:
-        self._arena, self._file, self._poison = arena, file, poison
+    def __init__(self, arena: Arena, file: DiskFile | None, device: Device, *, chunk_bytes: int, poison: bool) -> None:
+        self._arena, self._file, self._device, self._poison = arena, file, device, poison
         self._bounces: queue.SimpleQueue[Extent] = queue.SimpleQueue()
         for start in range(arena.extra.start, arena.extra.end, chunk_bytes):
             self._bounces.put(Extent(start, start + chunk_bytes))
@@ -40,20 +40,12 @@ class Transfer:
         Raises:
             OffloadFailed: the tensor was written to meanwhile.
         """
-        source, done = flat_bytes(_there(stored._original)), 0
-        for extent in place:
-            part = source[done : done + extent.bytes]
-            copy_bytes(self._arena.tensor(extent)[: len(part)], part)
-            done += len(part)
+        self._device.copy([(there, part) for part, there in self._parts(flat_bytes(_there(stored._original)), place)])
         _unchanged(stored)
 
     def copy_in(self, place: tuple[Extent, ...], into: Tensor) -> None:
         """Arena to tensor."""
-        target, done = flat_bytes(into), 0
-        for extent in place:
-            part = target[done : done + extent.bytes]
-            copy_bytes(part, self._arena.tensor(extent)[: len(part)])
-            done += len(part)
+        self._device.copy(self._parts(flat_bytes(into), place))
 
     def write(self, stored: Stored, index: int) -> None:
         """A chunk to disk, from staging or from the tensor.
@@ -68,7 +60,8 @@ class Transfer:
             digest = self._file.write(chunk, self._arena.view(Extent(start, start + whole_pages(chunk.bytes))))
         else:
             with self._bounce(chunk) as bounce:
-                copy_bytes(self._arena.tensor(bounce)[: chunk.bytes], _part(_there(stored._original), chunk))
+                part = _part(_there(stored._original), chunk)
+                self._device.copy([(self._arena.tensor(bounce)[: chunk.bytes], part)])
                 _unchanged(stored)
                 digest = self._file.write(chunk, self._arena.view(bounce))
         if digest is not None:
@@ -85,13 +78,22 @@ class Transfer:
         chunk = stored._chunks[index]
         with self._bounce(chunk) as bounce:
             self._file.read(chunk, self._arena.view(bounce), stored._digests.get(index), stored.label)
-            copy_bytes(_part(into, chunk), self._arena.tensor(bounce)[: chunk.bytes])
+            self._device.copy([(_part(into, chunk), self._arena.tensor(bounce)[: chunk.bytes])])
 
     def spoil(self, place: tuple[Extent, ...]) -> None:
         """In test mode, fill pages that are given up."""
         if self._poison:
             for extent in place:
                 self._arena.tensor(extent).fill_(0xFF)
+
+    def _parts(self, flat: Tensor, place: tuple[Extent, ...]) -> list[tuple[Tensor, Tensor]]:
+        """(bytes of a tensor, where in the arena they belong)"""
+        found, done = [], 0
+        for extent in place:
+            part = flat[done : done + extent.bytes]
+            found.append((part, self._arena.tensor(extent)[: len(part)]))
+            done += len(part)
+        return found
 
     @contextlib.contextmanager
     def _bounce(self, chunk: Chunk) -> Iterator[Extent]:
@@ -107,14 +109,6 @@ class Transfer:
 def flat_bytes(tensor: Tensor) -> Tensor:
     """uint8 [bytes], a view of a contiguous tensor."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def copy_bytes(into: Tensor, source: Tensor) -> None:
-    """Copy uint8 [bytes] on CPU with the calling thread alone, without the GIL.
-
-    `Tensor.copy_` would open an OpenMP team per worker thread, which takes cores from the model.
-    """
-    numpy.copyto(into.numpy(), source.numpy())
 
 
 def _part(tensor: Tensor, chunk: Chunk) -> Tensor:
