@@ -27,10 +27,10 @@ How a step runs, which is what predicted time and memory stand on:
 3. Backward goes from the last layer to 0, in units: a kept layer, or a segment. A unit's rows on host and disk are
    fetched in the order of backward by two lanes: host rows to the device; disk rows to host staging, then to the
    device; none before it was copied out and written. A unit starts when all has arrived; waiting is a stall. It is
-   asked for when the turn of the unit `prefetch` places earlier comes, before that one waits (the first
-   `prefetch` + 1 units: when the loss head starts), and counts as device bytes from then on, beside rows that are still
-   on their way out and the gradient that backward has come to. Host rows and staging, which counts from the start of its read, are released when they are on the
-   device.
+   asked for when the turn of the unit `prefetch` places earlier comes, before that one waits (the first `prefetch` + 1
+   units: when the loss head starts), and counts as device bytes from then on, beside rows that are still on their way
+   out and the gradient that backward has come to. Host rows and staging, which counts from the start of its read, are
+   released when they are on the device.
 4. A segment first runs its inner forward from the head to the last layer but one, taking stored rows as given.
    It leaves the complete O of each layer (stored rows of that O are released then) and, with `between="xo"`, the input
    of the next; with `between="o"` inputs are recomputed from the head for every layer. Then each layer, last first, is
