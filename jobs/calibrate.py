@@ -87,7 +87,7 @@ def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str)
             "model": train.model,
             "adapter": train.adapter,
             "precision": train.precision,
-            "memory": {"loss_tile": train.memory.loss_tile, "mlp_tile": tile or "off"},
+            "memory": {**train.memory.model_dump(), "mlp_tile": tile or "off"},
             "context": train.data.context,
             "sp": train.mesh.sp,
             "kinds": tuple(shape.form(layer).name for layer in range(shape.layers)),

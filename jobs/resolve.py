@@ -181,7 +181,7 @@ class _Resolution:
             accumulation=self.accumulation,
             warmup_steps=self.warmup_steps,
             optim=optim,
-            memory=Tiles(loss_tile=job.memory.loss_tile, mlp_tile=job.memory.mlp_tile),
+            memory=Tiles(**{name: getattr(job.memory, name) for name in Tiles.model_fields}),
             checkpoint=job.checkpoint,
             evaluate=job.evaluate,
             track=job.track,

@@ -30,13 +30,18 @@ Disk = Annotated[
 
 
 class Tiles(Schema):
-    """Rows of wide tensors that exist at one time. Part of the mathematics: sums are grouped by tile."""
+    """Rows of wide tensors that exist at one time, and who computes them. Part of the mathematics: sums are grouped by
+    tile, and no two kernels agree in the last bit."""
 
     loss_tile: Count = Field(default=2048, ge=16)
     """Rows of logits that exist at one time; the whole logits matrix is never made."""
 
     mlp_tile: Count | Literal["off"] = "off"
     """Rows of the MLP that exist at one time in forward and backward; the MLP then runs twice."""
+
+    attention: Literal["fastest", "cpu", "flash", "flash3", "flash4", "flash-attn", "cudnn", "efficient"] = "fastest"
+    """The attention kernel. `fastest`: of those that run the model, measured when a run starts. `flash` is
+    torch's own, `flash3` and `flash4` are those packages called through torch, `flash-attn` is that package."""
 
 
 class MemoryBudget(Tiles):

@@ -6,7 +6,10 @@ gradients that meet at one tensor: in place where the first one owns its memory,
 
 from __future__ import annotations
 
-from farspan.memory.layer_forward import FP32, MLP, LayerForward
+from farspan.memory.layer_forward import FP32, HALF, MLP, LayerForward
+
+LEAST_ROW_HEADS = 1 << 18
+"""Rows times query heads of a call of attention's backward on a GPU, at least."""
 
 
 class LayerRun(LayerForward):
@@ -237,17 +240,18 @@ class LayerRun(LayerForward):
         self.need(*kept, "o", "lse")
         where = " of some heads" if spread else ""
         dq, dk, dv = (f"d {name}{where}" for name in "qkv")
-        repeats = self.device == "cuda" and kv != q
         self.make(dq, e * q)
-        if repeats:  # these kernels take as many KV heads as query heads
-            self.make("k and v for each query head", 2 * e * q, reads=2 * e * kv)
-            self.make("d k and d v for each query head", 2 * e * q)
-        if self.device == "cuda":  # FlashAttention-2 adds up dq in fp32, beside a sum per row and head
-            self.drop(self.make("d q in fp32", FP32 * q + FP32 * q / self.shape.head_dim))
-        self.make(dk, e * kv)
-        self.make(dv, e * kv)
-        if repeats:
-            self.drop("k and v for each query head", "d k and d v for each query head")
+        if self.device == "cuda" and e == HALF:
+            self.packed_backward(dk, dv)
+        else:
+            repeats = self.device == "cuda" and kv != q
+            if repeats:  # these kernels take as many KV heads as query heads
+                self.make("k and v for each query head", 2 * e * q, reads=2 * e * kv)
+                self.make("d k and d v for each query head", 2 * e * q)
+            self.make(dk, e * kv)
+            self.make(dv, e * kv)
+            if repeats:
+                self.drop("k and v for each query head", "d k and d v for each query head")
         self.drop(d_out)
         self.used(*kept, "o", "lse")
         if not spread:
@@ -262,6 +266,20 @@ class LayerRun(LayerForward):
         self.make("d k", e * self.kv, reads=2 * e * self.kv)
         self.make("d v", e * self.kv, reads=2 * e * self.kv)
         self.drop("d qkv received", dq, dk, dv)
+
+    def packed_backward(self, dk: str, dv: str) -> None:
+        """FlashAttention adds dq up in fp32, beside a sum per row and head, and makes dk and dv for every query head;
+        all of it for some heads at a time, as `kernels.attention_backends` cuts it: into as many parts as there are KV
+        heads, or fewer where few rows would not fill the device."""
+        e, q, kv, size = self.e, self.q_here, self.kv_here, self.shape.head_dim
+        self.make(dk, e * kv)
+        self.make(dv, e * kv)
+        whole = FP32 * q + FP32 * q / size + (2 * e * q if kv != q else 0)
+        parts = kv / size
+        if parts > 1:
+            whole += e * (q + 2 * kv)  # a part's own result, before it goes where it belongs
+        least_rows = LEAST_ROW_HEADS / (q / size) * (1 - 1 / parts)
+        self.drop(self.make("a part of attention's backward", whole / parts, constant=whole * least_rows))
 
     def rotate_backward(self, name: str, n: int) -> None:
         size = self.e * n

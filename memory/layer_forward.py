@@ -16,7 +16,7 @@ from farspan.memory.liveness import Ledger
 from farspan.memory.shape import ModelShape, Training
 
 Device = Literal["cuda", "cpu"]
-FP32 = 4
+FP32, HALF = 4, 2
 MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """Names of the linear layers inside an MLP."""
 
@@ -231,7 +231,7 @@ class LayerForward(Ledger):
             self.make("q, k and v of some heads", received, reads=received)
             self.drop("received", "q", "k", self.v)
             keys = values = "q, k and v of some heads"
-        repeated = 2 * e * q if self.device == "cuda" and kv != q else 0
+        repeated = 2 * e * q if self.device == "cuda" and e != HALF and kv != q else 0  # as fp32 kernels want it
         if repeated:
             self.make("k and v for each query head", repeated, reads=2 * e * kv)
         self.make("o", e * q)

@@ -1,6 +1,6 @@
 """The run folder: every path a run writes, in one place, and the atomic way to write a small file.
 
-outputs/<name>/{job.json, resolved.json, plan.json, trace.json, metrics.jsonl, events.jsonl, status.json,
+outputs/<name>/{job.json, resolved.json, plan.json, kernels.json, trace.json, metrics.jsonl, events.jsonl, status.json,
                 logs/attempt_<n>/<role>-<rank>.log, checkpoints/step_<n>/{manifest.json, state/, export/},
                 base_model/, tensorboard/, report.html}
 """
@@ -32,6 +32,11 @@ class RunFolder:
     def plan(self) -> Path:
         """The memory plan with the problem it solves, so that it can be walked again."""
         return self.root / "plan.json"
+
+    @property
+    def kernels(self) -> Path:
+        """Which kernels were found to be fastest; attempts that resume use the same."""
+        return self.root / "kernels.json"
 
     @property
     def trace(self) -> Path:

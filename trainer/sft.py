@@ -20,6 +20,7 @@ import torch.distributed as dist
 from farspan.errors import NonFinite
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
+from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.batch import rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
 from farspan.trainer.config import OnTooLong, RandomModel, TrainSpec
@@ -69,6 +70,7 @@ class Trainer:
         self._write_base_model()
         self.tiers = models.open_store(spec, self.grid.device)
         module, trainable = models.build(spec, self.grid.device, self.tiers)
+        self._choose_attention(module)
         self._self_test(module)
         self.engine = make_engine(
             module,
@@ -258,6 +260,13 @@ class Trainer:
             self.writer.write(record)
             self.record = record
             self.progress.record(record)
+
+    def _choose_attention(self, module: models.CausalLMLoss) -> None:
+        spec, dtype = self.spec, models.DTYPES[self.spec.precision]
+        asked, rows = spec.memory.attention, spec.data.context
+        name = choose_attention(asked, module.decoder.config, dtype, self.grid, self.folder, rows)
+        if self.grid.rank == 0 and self.grid.device.type != "cpu":
+            self.progress.event("attention", f"{name}, {'the fastest here' if asked == 'fastest' else 'as asked'}")
 
     def _self_test(self, module: models.CausalLMLoss) -> None:
         """At every start, since library versions may have changed since the last one."""
