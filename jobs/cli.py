@@ -274,7 +274,8 @@ def _bench(name: str, args: Sequence[str]) -> int:
     folder = Path(farspan.__file__).absolute().parents[2] / "bench"
     script = folder / f"{name}.py"
     if not script.is_file():
-        known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+        found = (path for path in folder.rglob("*.py") if not path.stem.startswith("_"))
+        known = sorted(str(path.relative_to(folder).with_suffix("")) for path in found)
         raise JobError(
             f"no benchmark {name}",
             at=str(script),

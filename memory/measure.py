@@ -47,6 +47,7 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
         sp: ranks that will share a sequence; `step` must run one of them.
     """
     device = subject.embedding.weight.device
+    timed_rows = TIMED_ROWS[device.type]
     first = {name: names.index(name) for name in dict.fromkeys(names)}
     layers = {name: LayerSample() for name in first}
     head = HeadSample()
@@ -61,7 +62,7 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
             subject.set_tile(tile)
             _head_allocations(subject, head, rows, tile)
         subject.set_tile(None)
-        for rows in TIMED_ROWS:
+        for rows in timed_rows:
             for name, index in first.items():
                 probe(subject, index, rows, partial(LayerSeconds, subject, index, layers[name], rows))
             head.timed[rows] = _head_seconds(subject, rows)
@@ -79,7 +80,7 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
             part: Source(how="measured", what=what)
             for part, what in {
                 "bytes": f"one layer of each kind at {' and '.join(str(rows) for rows, _ in SETTINGS)} rows",
-                **dict.fromkeys(("matmul", "attention", "elementwise"), f"at {TIMED_ROWS[0]} and {TIMED_ROWS[1]} rows"),
+                **dict.fromkeys(("matmul", "attention", "elementwise"), f"at {timed_rows[0]} and {timed_rows[1]} rows"),
             }.items()
         },
     )

@@ -24,8 +24,8 @@ from farspan.memory.profile import (
 )
 from farspan.memory.shape import Weights
 
-TIMED_ROWS = (1024, 2048)
-"""Lengths at which seconds are taken."""
+TIMED_ROWS = {"cpu": (1024, 2048), "cuda": (8192, 32768)}
+"""Lengths at which seconds are taken: on a GPU such as fill it."""
 Gradients = Literal["handed on", "first", "added"]
 """What becomes of a weight's gradient: moved away as soon as it is complete; it stays; it is added to one that is there
 already (a later micro-batch)."""
@@ -109,7 +109,7 @@ def weights_in(parameters: Iterable[nn.Parameter]) -> Weights:
 
 def _seconds(timed: dict[int, dict[str, float]], value: Callable[[dict[str, float]], float]) -> Amount:
     """The line through what two lengths took; where noise makes it fall, the longer one's seconds per row."""
-    (low, low_s), (high, high_s) = ((rows, max(0.0, value(timed[rows]))) for rows in TIMED_ROWS)
+    (low, low_s), (high, high_s) = ((rows, max(0.0, value(timed[rows]))) for rows in (min(timed), max(timed)))
     slope = (high_s - low_s) / (high - low)
     constant = low_s - slope * low
     if slope <= 0 or constant < 0:
@@ -129,7 +129,7 @@ def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile
     kept = Size(keep.constant, keep.per_row, keep.per_tile_row)
     booked = _booked(gradients, sample.gradient_bytes)
     dy = Size(per_row=-sample.x_bytes_per_row)
-    linears = [key.removeprefix("linear ") for key in timed[TIMED_ROWS[0]] if key.startswith("linear ")]
+    linears = [key.removeprefix("linear ") for key in timed[min(timed)] if key.startswith("linear ")]
 
     def forward_s(s: dict[str, float]) -> float:
         return s["forward"] - s.get("attention forward", 0.0)
@@ -205,7 +205,7 @@ def head_profile(sample: HeadSample, gradients: Gradients, loss_tile: int) -> He
     x = Size(per_row=sample.x_bytes_per_row)
     held = fit_end(sample.held, tile_rows=0)
     beside = Size(held.constant, held.per_row).plus(x, -1)
-    low, high = TIMED_ROWS
+    low, high = min(sample.timed), max(sample.timed)
     slope = max(0.0, (sample.timed[high] - sample.timed[low]) / (high - low))
     return HeadProfile(
         held_bytes=Amount(constant=beside.constant, per_row=beside.per_row),
