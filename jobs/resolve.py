@@ -178,6 +178,7 @@ class _Resolution:
             mesh=Mesh(dp=self.dp, sp=self.sp),
             zero=self.zero,  # type: ignore[arg-type]  # 0, 2 or 3, or what the job's own Literal let through
             cpu_offload=job.parallel.cpu_offload,
+            addresses=job.memory.addresses,
             accumulation=self.accumulation,
             warmup_steps=self.warmup_steps,
             optim=optim,

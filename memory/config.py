@@ -64,6 +64,10 @@ class MemoryBudget(Tiles):
     """What layers cost: `measured` on this machine, one layer of each kind (kept for later runs); `analytic` from the
     model's shape and the rates of `hardware`. `auto`: measured once it has been, or when memory is scarce."""
 
+    addresses: Literal["torch", "planned"] = "torch"
+    """Who gives device memory out: torch's allocator, or, on a GPU, one that packs a recorded step's blocks beforehand
+    (experimental; needs a C++ compiler)."""
+
     hardware: str = "auto"
     """What to plan for: `auto` this machine, `h200`, `h100-80`, `a100-80`, `rtx4090`, `cpu`, or a JSON file."""
 

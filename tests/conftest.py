@@ -1,4 +1,5 @@
-"""Order of the suite: files whose tests are allowed the most time come first, so that two workers end together."""
+"""Tests for a GPU run where there is one. Files whose tests are allowed the most time come first, so that two workers end
+together."""
 
 from __future__ import annotations
 
@@ -8,7 +9,12 @@ from pathlib import Path
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     allowed_s: dict[Path, float] = defaultdict(float)
     for item in items:
         timeout, ray = item.get_closest_marker("timeout"), item.get_closest_marker("ray")

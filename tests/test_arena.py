@@ -8,9 +8,11 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from executor_models import Model, segments
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from farspan.memory.arena import Arena, build
 from farspan.memory.arena.arena import trace_of
 from farspan.memory.block_traces import recorded
 from farspan.memory.executor import Executor
+from farspan.trainer.addresses import PlannedAddresses, planned_arena
 
 MIB = 1 << 20
 MakeArena = Callable[[], Arena]
@@ -131,7 +134,9 @@ def test_a_step_that_goes_another_way_is_served_and_counted(make: MakeArena, blo
     changed = [b._replace(bytes=b.bytes + 512 * rng.randrange(3)) if rng.random() < 0.2 else b for b in changed]
     last = max(block.end for block in blocks)
     changed = [b._replace(end=rng.randint(b.end, last)) if rng.random() < 0.3 else b for b in changed]  # live longer
-    changed += [Block(start := rng.randrange(last), rng.randint(start + 1, last + 1), 700) for _ in range(rng.randrange(4))]
+    changed += [
+        Block(start := rng.randrange(last), rng.randint(start + 1, last + 1), 700) for _ in range(rng.randrange(4))
+    ]
     arena.statistics(restart=True)
     with arena.step():
         play(watched, sorted(changed))
@@ -258,3 +263,33 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(JobError, match=r"no C\+\+ compiler"):
         build(tmp_path)
+
+
+def test_a_run_records_its_second_step_and_plans_the_third(make: MakeArena) -> None:
+    arena, layer, told = make(), torch.nn.Identity(), []
+    steps = PlannedAddresses(arena, [layer], told.append)
+    x = torch.zeros(1)
+
+    def step() -> None:
+        for _ in range(3):
+            layer(x)
+            one, two = arena.malloc(1000), arena.malloc(5000)
+            assert one is not None and two is not None
+            arena.free(one)
+            arena.free(two)
+
+    for _ in range(5):
+        with steps.step(stream=0):
+            step()
+    assert len(told) == 1 and told[0].gap == 0.0 and len(told[0].pieces) == 3
+    assert arena.statistics().on_plan == 3 * 6
+    with PlannedAddresses(None, [layer], told.append).step():
+        pass
+
+
+def test_without_a_gpu_planned_addresses_are_refused() -> None:
+    spec = SimpleNamespace(addresses="planned", zero=0)
+    with pytest.raises(JobError, match="cannot be used here") as caught:
+        planned_arena(spec, use_gpu=False)  # type: ignore[arg-type]
+    assert "trains on CPU" in str(caught.value)
+    assert planned_arena(SimpleNamespace(addresses="torch"), use_gpu=False) is None  # type: ignore[arg-type]

@@ -48,10 +48,11 @@ def test_the_race(tmp_path: Path) -> None:
     assert ran.keys() >= {"solve", "keep", "recompute", "offload-inputs", "hf-checkpoint", "hf-offload", "liger"}
     losses = {name: cell["loss"] for name, cell in ran.items() if "failed" not in cell and "tiles" not in name}
     assert len(losses) == 6 and len(set(losses.values())) == 1, losses
-    for name in ("trl-offload", "deepspeed-offload", "liger"):
+    for name in ("trl-offload", "deepspeed-offload", "liger", "solve, planned addresses"):
         assert ran[name]["failed"].startswith("not run: ")
     # the plan that was made from measured layers says what the allocator then counts
-    misses = {name: cell["planned_bytes"] / cell["peak_bytes"] - 1 for name, cell in ran.items() if "planned_s" in cell}
+    planned = {name: cell for name, cell in ran.items() if "planned_s" in cell and "failed" not in cell}
+    misses = {name: cell["planned_bytes"] / cell["peak_bytes"] - 1 for name, cell in planned.items()}
     assert len(misses) == 5 and max(map(abs, misses.values())) < 0.05, misses
     same = [cell for key, cell in cells.items() if key.startswith("gradients/")]
     assert len(same) == 4 and not any(cell["differing"] for cell in same) and all(cell["of"] > 50 for cell in same)

@@ -27,7 +27,7 @@ from farspan.errors import DoesNotFit
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import OffTier, Store, Stored
-from farspan.memory.tiers.device import Copies, Cpu
+from farspan.memory.tiers.device import Copies, Cpu, Stop
 from farspan.memory.tiers.numa import on_node, pci_node, processors_of
 from farspan.memory.tiers.space import PAGE_BYTES
 
@@ -65,6 +65,22 @@ class Behind:
         reached = threading.Event()
         self.queue(reached.set)
         return reached
+
+    def stopwatch(self) -> Stop:
+        times: list[float] = []
+        self.queue(lambda: times.append(time.perf_counter()))
+
+        def stop() -> Callable[[], float]:
+            reached = threading.Event()
+            self.queue(lambda: (times.append(time.perf_counter()), reached.set()))
+
+            def read() -> float:
+                assert reached.wait(10)
+                return times[1] - times[0]
+
+            return read
+
+        return stop
 
     def copy(self, copies: Copies) -> None:
         for into, source in copies:
@@ -164,6 +180,26 @@ def test_storm(tmp_path: Path, seed: int) -> None:
             back = store.get(stored)
             device.queue(lambda back=back, kept=kept: check(back, kept))
     device.finish()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_waiting_is_a_stall_only_if_the_device_has_nothing_to_do(
+    device: Behind, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller waits 0.2 s for a copy either way."""
+    kept = content(PAGE_BYTES, 0)
+    with Store(host_bytes=MIB, device=device) as store:
+        stored = store.put("host", kept.clone())
+        store.drain()
+        copy = device.copy
+        monkeypatch.setattr(device, "copy", lambda copies: (time.sleep(0.2), copy(copies)))
+        store.fetch(stored)
+        if busy:
+            device.queue(lambda: time.sleep(0.5))
+        store.statistics(restart=True)
+        assert torch.equal(store.get(stored), kept)
+        stalled_s = store.statistics().stall_s["copy_in"]
+    assert stalled_s < 0.1 if busy else stalled_s > 0.1
 
 
 def test_an_exception_in_mid_backward_leaves_nothing(tmp_path: Path, device: Behind) -> None:

@@ -237,6 +237,8 @@ class TrainSpec(Schema):
     mesh: Mesh
     zero: Literal[0, 1, 2, 3]
     cpu_offload: bool
+    addresses: Literal["torch", "planned"] = "torch"
+    """Who gives device memory out."""
     accumulation: int = Field(ge=1)
     """Micro-batches (packs) per dp group in one optimizer step."""
     warmup_steps: int = Field(ge=0)

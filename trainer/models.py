@@ -143,6 +143,11 @@ class CausalLMLoss(nn.Module):
         decoder: nn.Module = self._causal[0].get_decoder()
         return decoder
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, bottom first."""
+        return decoder_layers(self._causal[0])
+
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, sequence: PackedSequence) -> Tensor:
         """Sum of token losses over this rank's rows.
 

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from farspan.errors import NonFinite
+from farspan.memory.addresses import TwoLevels
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
+from farspan.trainer.addresses import PlannedAddresses, planned_arena
 from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.batch import rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
@@ -58,6 +60,7 @@ class Trainer:
         self.spec, self.progress = spec, progress
         self.clock = PartClock(progress)
         self.folder = RunFolder(Path(spec.run_dir))
+        arena = planned_arena(spec, use_gpu=world.use_gpu)
         progress.phase("join", planned_s=60.0)
         self.grid = join(world, spec.mesh, alone_too=spec.zero > 0)
         self.ulysses = Ulysses(self.grid.sp_group) if self.grid.sp_group is not None else None
@@ -81,7 +84,8 @@ class Trainer:
             precision=spec.precision,
             cpu_offload=spec.cpu_offload,
         )
-        self.memory = PeakMemory(self.grid.device)
+        self.memory = PeakMemory(self.grid.device, arena)
+        self.addresses = PlannedAddresses(arena, module.layers, self._addresses_planned)
         self.checkpointer = Checkpointer(
             self.folder,
             spec,
@@ -114,7 +118,8 @@ class Trainer:
             self.clock.spans = [] if step == first + 1 and self.grid.rank == 0 else None
             self.memory.reset()
             started = time.perf_counter()
-            record = self._counted_step(step) if step == first and self.grid.rank == 0 else self.train_step(step)
+            with self.addresses.step():
+                record = self._counted_step(step) if step == first and self.grid.rank == 0 else self.train_step(step)
             if last or _due(step, spec.evaluate.every):
                 record["eval_loss"] = self.evaluate()
             if last or _due(step, spec.checkpoint.every):
@@ -267,6 +272,11 @@ class Trainer:
         name = choose_attention(asked, module.decoder.config, dtype, self.grid, self.folder, rows)
         if self.grid.rank == 0 and self.grid.device.type != "cpu":
             self.progress.event("attention", f"{name}, {'the fastest here' if asked == 'fastest' else 'as asked'}")
+
+    def _addresses_planned(self, layout: TwoLevels) -> None:
+        if self.grid.rank == 0:
+            peak, gap = layout.peak_bytes, layout.gap
+            self.progress.event("addresses", f"{len(layout.offsets)} blocks in {peak} bytes, {gap:.1%} above the least")
 
     def _self_test(self, module: models.CausalLMLoss) -> None:
         """At every start, since library versions may have changed since the last one."""

@@ -7,9 +7,10 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +152,8 @@ class Arena:
 
     def malloc(self, size_bytes: int, stream: int = 0) -> int | None:
         """As torch calls it; None when memory is out."""
-        return self._calls.farspan_try_malloc(size_bytes, stream)  # type: ignore[no-any-return]
+        address: int | None = self._calls.farspan_try_malloc(size_bytes, stream)
+        return address
 
     def free(self, address: int) -> None:
         self._calls.farspan_free(address, 0, 0, None)
@@ -186,7 +188,7 @@ class Arena:
         import torch
 
         allocator = torch.cuda.memory.CUDAPluggableAllocator(str(library), "farspan_malloc", "farspan_free")
-        told: Callable[..., Any] = self._calls.farspan_record_stream
+        told: Any = self._calls.farspan_record_stream
         address = ctypes.cast(told, ctypes.c_void_p).value
         allocator.allocator().set_record_stream_fn(address)
         torch.cuda.memory.change_current_allocator(allocator)
@@ -205,4 +207,4 @@ def trace_of(events: list[int]) -> Trace:
         else:
             blocks[-1 - event] = blocks[-1 - event]._replace(end=moment)
     bounds = [*cuts, len(events)]
-    return Trace(tuple(blocks), tuple(Piece(start, end) for start, end in zip(bounds, bounds[1:])))
+    return Trace(tuple(blocks), tuple(Piece(start, end) for start, end in pairwise(bounds)))

@@ -134,6 +134,6 @@ class Statistics:
     busy_s: dict[Lane, float]
     """Seconds of work, summed over the threads of the lane."""
     stall_s: dict[Lane, float]
-    """Seconds callers waited, by the lane they waited for."""
+    """Seconds the device had nothing to do while a caller waited, by the lane it waited for."""
     intervals: tuple[Interval, ...]
     """The latest work, oldest first."""

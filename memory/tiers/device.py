@@ -10,7 +10,8 @@ compute stream is given back only when no copy uses it, which is why nothing her
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -26,6 +27,10 @@ Copies = Sequence[tuple[Tensor, Tensor]]
 """(into, source), uint8 [bytes] each, contiguous; one of the two in the arena."""
 
 
+Stop = Callable[[], Callable[[], float]]
+"""Ends a measurement; what it returns gives the seconds, waiting for the device if it must."""
+
+
 class Device(Protocol):
     """One device, from many threads."""
 
@@ -33,6 +38,9 @@ class Device(Protocol):
 
     def mark(self) -> Mark | None:
         """What the calling thread has queued so far; None where work is done when a call returns."""
+
+    def stopwatch(self) -> Stop:
+        """Begin to measure how long the device has nothing to do while the caller waits."""
 
     def copy(self, copies: Copies) -> None:
         """Copy, and return when all bytes are there."""
@@ -60,6 +68,15 @@ class Cpu:
     def mark(self) -> None:
         return None
 
+    def stopwatch(self) -> Stop:
+        start_s = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            took_s = time.perf_counter() - start_s
+            return lambda: took_s
+
+        return stop
+
     def copy(self, copies: Copies) -> None:
         # `Tensor.copy_` would open an OpenMP team per worker thread, which takes cores from the model
         for into, source in copies:
@@ -84,6 +101,23 @@ class Cuda:
 
     def mark(self) -> _Event:
         return _Event(self.torch_device)
+
+    def stopwatch(self) -> Stop:
+        # nothing is queued between the two events: what lies between them is idleness, and nothing if the caller only
+        # waited while the device still had work
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.torch_device)
+        start.record(stream)
+
+        def stop() -> Callable[[], float]:
+            end.record(stream)
+            return read
+
+        def read() -> float:
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1000
+
+        return stop
 
     def copy(self, copies: Copies) -> None:
         stream = getattr(self._streams, "own", None)

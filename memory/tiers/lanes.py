@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from farspan.errors import FarspanError
 from farspan.memory.tiers.base import LANES, Interval, Job, Lane, Mark, OffloadFailed, Stored
+from farspan.memory.tiers.device import Stop
 from farspan.memory.tiers.ledger import Ledger
 
 LONGEST_DELAY_S = 2e-3
@@ -28,16 +29,23 @@ class Lanes:
 
     Args:
         settle: called with the lock held.
+        stopwatch: of the device that idles while a caller waits.
         chaos: delays every job at random; None for no delays.
     """
 
     def __init__(
-        self, settle: Callable[[Stored], None], ledger: Ledger, *, disk_threads: int, chaos: random.Random | None
+        self,
+        settle: Callable[[Stored], None],
+        ledger: Ledger,
+        stopwatch: Callable[[], Stop],
+        *,
+        disk_threads: int,
+        chaos: random.Random | None,
     ) -> None:
         self.changed = threading.Condition()
         """The store's one lock; notified whenever a job ends."""
         self.closed = False
-        self._settle, self._ledger, self._chaos = settle, ledger, chaos
+        self._settle, self._ledger, self._stopwatch, self._chaos = settle, ledger, stopwatch, chaos
         self._failure: FarspanError | None = None
         self._raised = False
         self._pools = {
@@ -76,10 +84,10 @@ class Lanes:
 
     def wait(self, lane: Lane | None) -> None:
         """Wait for any change, with the lock held, and count it as a stall on `lane`; None: it is none."""
-        started_s = time.perf_counter()
+        stop = self._stopwatch()
         self.changed.wait()
         if lane is not None:
-            self._ledger.stalled(lane, time.perf_counter() - started_s)
+            self._ledger.stalled(lane, stop())
         self.check()
 
     def join(self) -> None:

@@ -87,7 +87,7 @@ class Store:
         self._transfer = Transfer(self._arena, self._file, device, chunk_bytes=chunk_bytes, poison=self._testing)
         self._ledger = Ledger()
         chaos = random.Random(test_seed) if self._testing else None
-        self._lanes = Lanes(self._settle, self._ledger, disk_threads=disk_threads, chaos=chaos)
+        self._lanes = Lanes(self._settle, self._ledger, device.stopwatch, disk_threads=disk_threads, chaos=chaos)
         self._lock = self._lanes.changed
         self._live: set[Stored] = set()
         self._group, self._group_size = 0, 0

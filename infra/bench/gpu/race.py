@@ -35,7 +35,8 @@ from farspan.schema import parse_count
 K = 1 << 10
 LENGTHS = (32 * K, 128 * K, 256 * K, 512 * K)
 STEPS = {32 * K: 3, 128 * K: 2}
-POLICIES = ("solve", "solve, MLP tiles", "keep", "recompute", "offload-inputs")
+PLANNED = "solve, planned addresses"
+POLICIES = ("solve", "solve, MLP tiles", PLANNED, "keep", "recompute", "offload-inputs")
 PEERS = ("hf-checkpoint", "hf-offload", "trl-offload", "deepspeed-offload", "liger")
 TILE = 2048
 TARGETS = {128 * K: 36.0, 512 * K: 490.0}
@@ -59,6 +60,8 @@ def cell(bench: Bench, config: dict[str, Any], length: int, system: str, options
     if system not in POLICIES:
         bench.cell(key, task, limit_s=570)
         return
+    if system == PLANNED:
+        task["addresses"] = "planned"
     if system == "solve, MLP tiles":
         config = {**config, "mlp_tile": 64 if bench.toy else TILE}
     measured = calibration_of(bench, config, folder)
@@ -123,20 +126,20 @@ def row(key: str, cell: dict[str, Any]) -> list[str]:
     head = [config, rows_of(int(length)), system]
     planned = [seconds(cell.get("planned_s")), gib(cell.get("planned_bytes"))]
     if "failed" in cell:
-        return [*head, cell["failed"], planned[0], "", "", planned[1], "", "", "", ""]
+        return [*head, cell["failed"], planned[0], "", "", planned[1], "", "", "", "", ""]
     step_s, peak = statistics.median(cell["step_s"]), cell["peak_bytes"]
     miss_s = f"{cell['planned_s'] / step_s - 1:+.1%}" if "planned_s" in cell else ""
     miss = f"{cell['planned_bytes'] / peak - 1:+.1%}" if "planned_bytes" in cell else ""
     stalls = sum(cell.get("stall_s", {}).values())
     return [
         *head, seconds(step_s), planned[0], miss_s, gib(peak), planned[1], miss,
-        gib(cell.get("host_bytes")), gib(cell.get("disk_bytes")), seconds(stalls) if stalls else "",
+        *(gib(cell.get(f"{what}_bytes")) for what in ("reserved", "host", "disk")), seconds(stalls) if stalls else "",
     ]  # fmt: skip
 
 
 HEADER = (
-    "model", "rows", "system", "step", "planned", "miss", "device GiB", "planned", "miss", "host GiB", "disk GiB",
-    "stalls",
+    "model", "rows", "system", "step", "planned", "miss", "device GiB", "planned", "miss", "reserved", "host GiB",
+    "disk GiB", "stalls",
 )  # fmt: skip
 
 

@@ -13,12 +13,12 @@ import tempfile
 
 from _common import Bench, main
 from _plans import config_of
-from race import PEERS, cell, more_options, table
+from race import PEERS, PLANNED, cell, more_options, table
 
 K = 1 << 10
 LENGTHS = (8 * K, 16 * K, 32 * K, 64 * K)
-SYSTEMS = ("solve", "keep", "recompute", *PEERS)
-TOY_SYSTEMS = ("solve", "keep", "hf-checkpoint")
+SYSTEMS = ("solve", PLANNED, "keep", "recompute", *PEERS)
+TOY_SYSTEMS = ("solve", PLANNED, "keep", "hf-checkpoint")
 
 
 def run(bench: Bench, options: argparse.Namespace) -> None:
