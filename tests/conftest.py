@@ -1,5 +1,5 @@
-"""Tests for a GPU run where there is one. Files whose tests are allowed the most time come first, so that two workers end
-together."""
+"""Tests for a GPU run where there is one. Files whose tests are allowed the most time come first, so that two workers
+end together."""
 
 from __future__ import annotations
 
