@@ -105,6 +105,8 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
         placed.add_row(name, *(f"{amount:.0%}" if amount else "" for amount in share.values()))
     console.print(placed)
 
+    if (line := kept_line(planned)) is not None:
+        console.print(line, highlight=False)
     if planned.solution is not None:
         console.print(f"bottleneck: {planned.solution.bottleneck}", highlight=False)
     if planned.next_best is not None:
@@ -121,6 +123,45 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
         names = [name for name, source in planned.sources.items() if source.how == how]
         if names:
             console.print(f"{how}: {', '.join(names)}", highlight=False)
+
+
+def kept_tensors(planned: Planned) -> dict[str, list[dict[str, Any]]]:
+    """By kind of layer, what autograd keeps of a layer that is kept: each tensor with the operators that need it."""
+    return {
+        kind.name: [tensor.model_dump(mode="json") for tensor in kind.saved]
+        for kind in planned.problem.kinds
+        if kind.saved
+    }
+
+
+def kept_line(planned: Planned) -> str | None:
+    """The same in a line, by operator, for the kind that most layers have."""
+    names = planned.problem.layers
+    kind = planned.problem.kind(names.index(max(set(names), key=names.count)))
+    if not kind.saved:
+        return None
+    kib: dict[str, float] = {}
+    for tensor in kind.saved:
+        group = " + ".join(dict.fromkeys(map(_kind_of, tensor.kept_by)))
+        kib[group] = kib.get(group, 0.0) + tensor.bytes_per_row / 1024
+    whole = sum(kib.values())
+    shown = {group: size for group, size in sorted(kib.items(), key=lambda item: -item[1]) if size >= 0.005 * whole}
+    parts = [f"{group} {size:.3g}" for group, size in shown.items()]
+    if len(shown) < len(kib):
+        parts.append(f"others {whole - sum(shown.values()):.2g}")
+    return f"autograd keeps {whole:.1f} KiB a token and layer: {', '.join(parts)}"
+
+
+def _kind_of(operator: str) -> str:
+    """What an operator of a counted layer is; those of a measured one are autograd's and go by their own names."""
+    last = operator.rsplit(" ", 1)[-1]
+    if last in ("adapter", "dropout"):
+        return f"{last}s" if last == "adapter" else last
+    if operator.startswith(("norm", "q_norm", "k_norm")):
+        return "norms"
+    if operator.endswith("_proj"):
+        return "linear layers"
+    return "activation" if operator in ("silu", "gate x up") else operator
 
 
 def show_measured(found: Comparison, *, console: Console) -> None:
@@ -182,6 +223,7 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "segments": [[unit.start, unit.stop] for unit in planned.placement.units()[::-1]],
         "next_best": None,
         "tiled_s": planned.tiled_s,
+        "kept_tensors": kept_tensors(planned),
         "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:

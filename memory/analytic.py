@@ -125,6 +125,7 @@ def _kind(
         keep_backward_peak=sizes.keep_backward_peak,
         gradient_bytes=stays * training.trained_in_layer(shape),
         on_host=on_host,
+        saved=sizes.saved,
     )
 
 

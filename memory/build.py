@@ -108,6 +108,7 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
         rebuild_peak_bytes=kind.rebuild_peak.bytes_at(rows),
         keep_backward_peak_bytes=kind.keep_backward_peak.bytes_at(rows),
         gradient_bytes=kind.gradient_bytes,
+        saved=kind.saved,
         on_host=None if kind.on_host is None else _on_host(kind.on_host, rows),
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_forward import FP32, Device
 from farspan.memory.liveness import Size, peak
+from farspan.memory.problem import SavedTensor
 from farspan.memory.profile import Amount, OnHostProfile, Peak
 from farspan.memory.shape import ModelShape, Training
 
@@ -31,6 +32,7 @@ class LayerBytes:
     keep_backward_peak: Peak
     forward_traffic: float
     backward_traffic: float
+    saved: tuple[SavedTensor, ...] = ()
     on_host: OnHostProfile | None = None
     """With O in the peak of its rebuild, as in `rebuild_peak`."""
 
@@ -51,6 +53,7 @@ def today(shape: ModelShape, training: Training, device: Device, *, lone_gradien
     kept.forward()
     without_x = kept.saved()
     keep = without_x.plus(x if "x" in kept.saves else Size())
+    saved = _saved(kept, x)
     kept_forward, forward_traffic = kept.moments, kept.traffic
     # the output lives on as the next layer's input, which is booked there
     kept.moments = []
@@ -72,8 +75,19 @@ def today(shape: ModelShape, training: Training, device: Device, *, lone_gradien
         keep_backward_peak=peak(kept.moments, without_x.plus(booked), tile),
         forward_traffic=plain.traffic,
         backward_traffic=kept.traffic - forward_traffic,
+        saved=saved,
         on_host=_on_host(shape, training, device, lone_gradients=lone_gradients, booked=booked),
     )
+
+
+def _saved(kept: LayerRun, x: Size) -> tuple[SavedTensor, ...]:
+    """Tensors that a layer's autograd keeps, largest first."""
+    sizes = {name: x if name == "x" else kept.sizes[name] for name in kept.saves}
+    found = (
+        SavedTensor(name=name, kept_by=tuple(kept.kept_by[name]), bytes_per_row=size.per_row + size.per_tile_row)
+        for name, size in sizes.items()
+    )
+    return tuple(sorted(found, key=lambda tensor: -tensor.bytes_per_row))
 
 
 def _on_host(

@@ -91,6 +91,8 @@ class LayerForward(Ledger):
         """By norm: its input as fp32."""
         self.normal: dict[str, str] = {}
         """By norm: what its weight multiplies."""
+        self.kept_by: dict[str, list[str]] = {}
+        """By tensor: the operators whose backward needs it."""
 
     def forward(self) -> None:
         """Leaves `y`, held by the code, beside what is saved."""
@@ -124,35 +126,39 @@ class LayerForward(Ledger):
         self.make(f"{name} 1/rms", FP32 * groups)
         normal = self.make(f"{name} normalised", wide, reads=wide)
         self.wide[name] = source_fp32
-        self.keep_for_backward(source_fp32, source_fp32, f"{name} 1/rms")
+        self.keep_for_backward(name, source_fp32, source_fp32, f"{name} 1/rms")
         self.drop(f"{name} 1/rms")
         if self.casts:
             self.drop(source_fp32)
         if self.shape.norm_scale_fp32:
             self.normal[name] = normal
-            self.keep_for_backward(*[normal] * self.trains_base)
+            self.keep_for_backward(name, *[normal] * self.trains_base)
             out = self.make(f"{name} out in fp32" if self.casts else f"{name} out", wide, reads=wide)
             if self.casts:
                 out = self.make(f"{name} out", e * n, reads=wide)
                 self.drop(f"{name} out in fp32")
         else:
             scaled = self.normal[name] = self.make(f"{name} rounded", e * n, reads=wide) if self.casts else normal
-            self.keep_for_backward(*[scaled] * self.trains_base)
+            self.keep_for_backward(name, *[scaled] * self.trains_base)
             out = self.make(f"{name} out", e * n, reads=e * n)
             self.drop(*{scaled, normal} - {normal})
         self.drop(normal)
         return out
 
-    def keep_for_backward(self, *names: str) -> None:
+    def keep_for_backward(self, operator: str, *names: str) -> None:
+        """An operator needs these in its backward."""
         if self.grad:
             self.save(*names)
+            for name in names:
+                keepers = self.kept_by.setdefault(name, [])
+                keepers += [operator] * (operator not in keepers)
 
     def linear(self, name: str, source: str) -> str:
         """A linear layer with its adapter, if any, on top."""
         inputs, outputs = self.linears[name]
         e, a = self.e, self.training.adapter_width_bytes
         self.make(name, e * outputs)
-        self.keep_for_backward(*[source] * self.trains_base)
+        self.keep_for_backward(name, *[source] * self.trains_base)
         if not self.training.adapts(name):
             return name
         adapter = self.training.adapter
@@ -163,12 +169,12 @@ class LayerForward(Ledger):
         if adapter.dropout:
             mask = self.make(f"{name} mask", inputs if self.device == "cuda" else a * inputs, reads=0.0)
             low = self.make(f"{name} input with dropout", a * inputs, reads=2 * a * inputs)
-            self.keep_for_backward(mask)
+            self.keep_for_backward(f"{name} dropout", mask)
             self.drop(mask)
         self.traffic += a * (inputs + outputs)  # these matmuls are so thin that reading and writing is their time
         self.make(f"{name} A", a * adapter.rank)
         self.make(f"{name} B", a * outputs)
-        self.keep_for_backward(low, f"{name} A")
+        self.keep_for_backward(f"{name} adapter", low, f"{name} A")
         self.make(f"{name} scaled", a * outputs, reads=a * outputs)
         self.drop(f"{name} A", f"{name} B", *[low] * adapter.dropout)
         if a > e and self.device == "cpu":  # there an operator on two dtypes first makes them one
@@ -238,7 +244,7 @@ class LayerForward(Ledger):
         self.make("lse", FP32 * q / self.shape.head_dim)
         if repeated:
             self.drop("k and v for each query head")
-        self.keep_for_backward(*(["q"] if not spread else []), keys, values, "o", "lse")
+        self.keep_for_backward("attention", *(["q"] if not spread else []), keys, values, "o", "lse")
         if self.drops_o:
             self.drop("lse")
         if not spread:
@@ -271,12 +277,12 @@ class LayerForward(Ledger):
         else:
             gate = self.linear("gate_proj", source)
         self.make("silu", e * f, reads=e * f)
-        self.keep_for_backward(gate)
+        self.keep_for_backward("silu", gate)
         self.drop(*[gate] * (not self.shape.fused))
         if not self.shape.fused:
             up = self.linear("up_proj", source)
         self.make("product", e * f, reads=2 * e * f)
-        self.keep_for_backward("silu", up)
+        self.keep_for_backward("gate x up", "silu", up)
         self.gate, self.up = gate, up
         self.drop("silu", up)
         out = self.linear("down_proj", "product")
@@ -285,7 +291,7 @@ class LayerForward(Ledger):
 
     def tiled(self, source: str) -> str:
         """Row tiles without autograd; its node keeps the input alone."""
-        self.keep_for_backward(source)
+        self.keep_for_backward("MLP in tiles", source)
         if self.rebuild and not self.shape.norm_after:
             return self.make("mlp", self.e * self.d)
         grad, self.grad = self.grad, False

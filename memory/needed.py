@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farspan.memory.problem import SavedTensor
+
 
 @dataclass(frozen=True)
 class SavedBy:
@@ -98,6 +100,36 @@ def saved_tensors(
         assert _same(gradients(set(own) - needed), want), "of two unneeded tensors one is needed"
     by_operator = _by_operator(record.tensors, own, needed, record.operators(y))
     return SavedTensors(x.shape[1], tuple(by_operator), _repeated_bytes([record.tensors[index] for index in needed]))
+
+
+def kept_tensors(layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[SavedTensor]:
+    """What a layer keeps for backward, each storage once, with the operators that ask for it; largest first.
+
+    Args:
+        layer, call: as for `saved_tensors`.
+        x: hidden states [B, rows, hidden].
+    """
+    record, x = _Record(), x.detach().requires_grad_()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record.pack, record.unpack):
+        y = call(x)
+    operators = record.operators(y)
+    others = {_storage(t) for t in (*layer.parameters(), *layer.buffers(), *_tensors(getattr(call, "keywords", {})))}
+    by_storage: dict[int, list[int]] = {}
+    for index, tensor in enumerate(record.tensors):
+        if _storage(tensor) not in others:
+            by_storage.setdefault(_storage(tensor), []).append(index)
+    found = []
+    for indices in by_storage.values():
+        tensor = record.tensors[indices[0]]
+        names = dict.fromkeys(operators[index].removesuffix("Backward0").removesuffix("Backward") for index in indices)
+        found.append(
+            SavedTensor(
+                name="x" if _storage(tensor) == _storage(x) else " x ".join(map(str, tensor.shape[2:])) or "numbers",
+                kept_by=tuple(names),
+                bytes_per_row=tensor.untyped_storage().nbytes() / x.shape[1],
+            )
+        )
+    return sorted(found, key=lambda tensor: -tensor.bytes_per_row)
 
 
 class _Record:

@@ -47,6 +47,15 @@ class OnHost(Schema):
     rebuild_fetched_bytes: int
 
 
+class SavedTensor(Schema):
+    """A tensor that autograd keeps for a layer's backward."""
+
+    name: str
+    kept_by: tuple[str, ...]
+    """Operators whose backward needs it; it is stored once."""
+    bytes_per_row: float
+
+
 class LayerKind(Schema):
     """Decoder layers that cost the same. Peaks are working memory beyond what is said to be held already."""
 
@@ -86,6 +95,8 @@ class LayerKind(Schema):
     gradient_bytes: int = 0
     """Parameter gradients that come to exist in this layer's backward and stay until the optimizer step."""
 
+    saved: tuple[SavedTensor, ...] = ()
+    """What `keep_bytes` is made of, for people to read; empty where nobody counted it."""
     on_host: OnHost | None = None
     """None: saved tensors can only wait on the device."""
     keep_host_bytes: int = 0

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from farspan.memory.problem import SavedTensor
 from farspan.memory.shape import Weights
 from farspan.schema import Schema
 
@@ -140,6 +141,8 @@ class KindProfile(Schema):
     keep_backward_peak: Peak
     gradient_bytes: int = 0
     on_host: OnHostProfile | None = None
+    saved: tuple[SavedTensor, ...] = ()
+    """What `keep_bytes` is made of, largest first."""
     weights: Weights | None = None
     """Of one layer, where it was measured."""
 

@@ -74,6 +74,8 @@ def test_measured_bytes_are_the_counted_ones(here: Here, name: str) -> None:
     for peak in ("forward_peak", "rebuild_peak", "keep_backward_peak"):
         found, expected = getattr(ours, peak).bytes_at(rows), getattr(theirs, peak).bytes_at(rows)
         assert found == pytest.approx(expected, rel=2e-2), peak
+    by_storage = [sorted(round(t.bytes_per_row) for t in kind.saved if t.bytes_per_row > 9) for kind in (ours, theirs)]
+    assert by_storage[0] == by_storage[1], "tensor by tensor"
     assert ours.on_host is not None and theirs.on_host is not None
     assert abs(ours.on_host.keep_bytes.at(rows)) < 1e-3 * ours.keep_bytes.at(rows)
     for size in ("keep_host_bytes", "keep_fetched_bytes", "rebuild_host_bytes", "rebuild_fetched_bytes"):

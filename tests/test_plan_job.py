@@ -16,7 +16,7 @@ from farspan.jobs import cli
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine_beside, model_facts
 from farspan.jobs.origins import origins_in_python
 from farspan.jobs.plan import plan, require_fit, shape_of
-from farspan.jobs.plan_view import placed_shares
+from farspan.jobs.plan_view import kept_line, kept_tensors, placed_shares, to_json
 from farspan.jobs.resolve import resolve
 from farspan.memory.config import split_disk
 
@@ -182,3 +182,30 @@ def test_gpus_of_this_machine_are_planned_for(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6")
     assert machine_beside(job).gpus == 0
+
+
+def test_what_autograd_keeps_is_told_by_operator_and_storage() -> None:
+    kept = {}
+    for name, adapter in (("full", None), ("LoRA", LoRA(rank=16)), ("dropout", LoRA(rank=16, dropout=0.1))):
+        job = SFTJob(
+            name="p",
+            model=LLAMA_8B.model_copy(update={"layers": 2}),
+            data=TextData("stdlib", context="8k"),
+            memory=MemoryBudget(hardware="h200", plan="keep"),
+            **({"adapter": adapter} if adapter else {}),  # type: ignore[arg-type]
+        )
+        facts, machine = model_facts(job.model), machine_beside(job)
+        resolved = resolve(job, facts, machine, origins_in_python(job))
+        hardware = hardware_of(job, machine, ranks=1, use_gpu=True)
+        found = plan(job, resolved.train, facts, hardware)
+        (tensors,) = kept_tensors(found).values()
+        total = sum(tensor["bytes_per_row"] for tensor in tensors)
+        assert total * found.problem.rows == pytest.approx(found.problem.kinds[0].keep_bytes)
+        kept[name] = {tensor["name"]: tensor for tensor in tensors}
+        line = kept_line(found)
+        assert line is not None and f"{total / 1024:.1f} KiB a token and layer" in line
+        assert to_json(found)["kept_tensors"] == kept_tensors(found)
+    # q, k and v share their input; dropout makes one of each
+    assert kept["full"]["norm1 out"]["kept_by"] == ["q_proj", "k_proj", "v_proj"]
+    assert kept["LoRA"]["norm1 out"]["kept_by"] == ["q_proj adapter", "k_proj adapter", "v_proj adapter"]
+    assert "norm1 out" not in kept["dropout"] and "q_proj mask" in kept["dropout"]
