@@ -23,6 +23,7 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
@@ -270,6 +271,7 @@ class Efficient(PerDocument):
         padded = lse.new_full((*lse.shape[:2], -(-rows // 32) * 32), float("inf"))  # as its forward leaves it
         padded[:, :, :rows] = lse
         bias = None if mask is None else _bias(mask, q)
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # it takes rows to be dense, heads inside them
         seed = torch.zeros((), dtype=torch.int64)  # no dropout: not read
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
             grad, q, _repeated(k, q), _repeated(v, q), bias, out, padded, seed, seed, 0.0,
@@ -290,6 +292,8 @@ class CuDnn(PerDocument):
             return "no cuDNN"
         if pack.windowed:
             return "a window"
+        if min(pack.lengths) < 2:
+            return "a document of one row"
         if q.dtype not in HALF:
             return f"{q.dtype}"
         return None if q.shape[3] % 8 == 0 and q.shape[3] <= 128 else f"heads of {q.shape[3]}"
@@ -301,7 +305,7 @@ class CuDnn(PerDocument):
     def dense_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Grads:
-        seed, rows = torch.zeros((), dtype=torch.int64), q.shape[2]
+        seed, rows = torch.zeros((), dtype=torch.int64, device=q.device), q.shape[2]
         return _aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse.contiguous().unsqueeze(3), seed, seed, None, None, None, rows, rows,
             0.0, True, scale=scale,
@@ -317,8 +321,8 @@ class Packing(Backend):
     """
 
     block_rows = 256
-    least_row_heads: ClassVar[int] = 1 << 18
-    """Rows times query heads of a call of backward, at least: 2048 thread blocks of 128 rows."""
+    least_row_heads: ClassVar[int] = 1 << 16
+    """Rows times query heads of a call of backward, at least: 512 thread blocks of 128 rows."""
 
     @abstractmethod
     def packed(self, q: Tensor, k: Tensor, v: Tensor, at: _Offsets, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -372,6 +376,16 @@ class Packing(Backend):
         return _heads_first(grads[0], q), _heads_first(grads[1], k), _heads_first(grads[2], v)
 
 
+@contextmanager
+def in_small_parts() -> Iterator[None]:
+    """Inside, every backward is cut into as many parts as it can be: short runs then need what long ones need."""
+    before, Packing.least_row_heads = Packing.least_row_heads, 1
+    try:
+        yield
+    finally:
+        Packing.least_row_heads = before
+
+
 class _Offsets(NamedTuple):
     """Where documents begin and end among T rows."""
 
@@ -381,8 +395,13 @@ class _Offsets(NamedTuple):
 
     @staticmethod
     def of(q: Tensor, pack: Pack) -> _Offsets:
-        ends = accumulate([0, *pack.lengths * q.shape[0]])
-        return _Offsets(torch.tensor(list(ends), dtype=torch.int32, device=q.device), max(pack.lengths))
+        return _offsets(pack.lengths * q.shape[0], q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> _Offsets:
+    """Made once for a pack and not in every layer: the copy to the device waits for it."""
+    return _Offsets(torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=device), max(lengths))
 
 
 class TorchFlash(Packing):
@@ -409,9 +428,12 @@ class TorchFlash(Packing):
             return None if self.stand_in is None else f"torch {torch.__version__} calls its own only"
         if attention.current_flash_attention_impl() == self.stand_in:
             return None
+        restore = getattr(attention, "restore_flash_attention_impl", None)
         try:
             if self.stand_in is None:
-                attention.restore_flash_attention_impl()
+                if restore is None:
+                    return "another has taken its place, which this torch does not take back"
+                restore()
             else:
                 attention.activate_flash_attention_impl(self.stand_in)
         except (ValueError, RuntimeError, ImportError) as error:
@@ -422,7 +444,7 @@ class TorchFlash(Packing):
         back = -1 if pack.window is None else pack.window - 1
         out, lse, *_ = _aten._flash_attention_forward(
             q, k, v, at.cumulative, at.cumulative, at.longest, at.longest, 0.0, True, False,
-            scale=pack.scale, window_size_left=back, window_size_right=0,
+            scale=pack.scale, window_size_left=back, window_size_right=0, **_one_split(),
         )  # fmt: skip
         return out, lse
 
@@ -482,6 +504,13 @@ class FlashAttention2(Packing):
     @staticmethod
     def _functions() -> Any:
         return importlib.import_module("flash_attn.flash_attn_interface")
+
+
+@functools.cache
+def _one_split() -> dict[str, int]:
+    """Keys are not to be split among thread blocks when there are few rows: a prefix would get other bits."""
+    schema = _aten._flash_attention_forward.default._schema
+    return {"num_splits": 1} if any(a.name == "num_splits" for a in schema.arguments) else {}
 
 
 @functools.cache

@@ -241,7 +241,7 @@ class Tape:
         has_o = layer.o is not None or layer.o_now is not None
         names = {*layer.linear, *layer.linear_now}
         given = {name: partial(layer.given, name, again=again) for name in names}
-        return Frame(layer.known if has_o else None, given=given, hollow=hollow)
+        return Frame(layer.known if has_o else None, given=given, hollow=hollow, again=again)
 
     def prefetch(self, place: int) -> None:
         """Fetch the unit at this place of backward and those planned ahead of it."""

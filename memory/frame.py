@@ -42,6 +42,10 @@ class Frame:
     """Receives what attention is called with; for measurements."""
     hollow: frozenset[str] = frozenset()
     """Linear layers whose output nobody reads in this run."""
+    again: bool = False
+    """The layer will run once more with the outputs that are given now."""
+    output_is_held: bool = False
+    """Whether somebody keeps what the last linear layer returned: nobody may write into it then."""
     _rows: KnownRows | None = None
 
     def rows(self) -> KnownRows | None:
@@ -132,6 +136,7 @@ def route_linear(layer: nn.Linear, name: str) -> None:
         frame = current()
         if frame is None:
             return whole(x)
+        frame.output_is_held = name in frame.produced or (name in frame.given and frame.again)
         if name in frame.given or name in frame.hollow:
             y = frame.given[name]() if name in frame.given else x.new_empty((*x.shape[:-1], layer.out_features))
             if not torch.is_grad_enabled():

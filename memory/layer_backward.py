@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from farspan.memory.layer_forward import FP32, HALF, MLP, LayerForward
 
-LEAST_ROW_HEADS = 1 << 18
+LEAST_ROW_HEADS = 1 << 16
 """Rows times query heads of a call of attention's backward on a GPU, at least."""
 
 
@@ -104,6 +104,9 @@ class LayerRun(LayerForward):
         """Adds to the gradient of `source`, for the adapter first. `keep`: `g` is needed elsewhere."""
         inputs, outputs = self.linears[name]
         e = self.e
+        if self.training.adapts(name) and self.training.one_node_adapters:
+            self.adapted_backward(name, g, source, keep=keep)
+            return
         if self.training.adapts(name):
             g = self.adapter_backward(name, g, source, keep=keep)
             keep = keep and not self.adapter_is_wider
@@ -117,6 +120,26 @@ class LayerRun(LayerForward):
         self.arrive(source, dx, e * inputs, owns=False)
         if self.trains_base and self.lone_gradients:
             self.drop(f"d {name} weight")
+
+    def adapted_backward(self, name: str, g: str, source: str, *, keep: bool) -> None:
+        """Base and adapter in one node."""
+        inputs, outputs = self.linears[name]
+        e, adapter = self.e, self.training.adapter
+        assert adapter is not None
+        self.need(source, f"{name} A")
+        self.traffic += 2 * e * (inputs + outputs)
+        self.make(f"d {name} A", e * adapter.rank)
+        if adapter.dropout:
+            self.make(f"{name} mask again", e * inputs, reads=0.0)
+            self.drop(self.make(f"{name} input with dropout again", e * inputs, reads=2 * e * inputs))
+        dx = self.make(f"d {name} in", e * inputs)
+        if adapter.dropout:
+            self.drop(self.make(f"d {name} undropped", e * inputs, reads=3 * e * inputs))
+            self.drop(f"{name} mask again")
+        self.drop(f"d {name} A")
+        self.drop(*[g] * (not keep))
+        self.used(source, f"{name} A")
+        self.arrive(source, dx, e * inputs, owns=False)
 
     def adapter_backward(self, name: str, g: str, source: str, *, keep: bool) -> str:
         """Returns the gradient of the base layer's output."""

@@ -163,6 +163,8 @@ class LayerForward(Ledger):
             return name
         adapter = self.training.adapter
         assert adapter is not None
+        if self.training.one_node_adapters:
+            return self.adapted(name, source)
         if a > e:
             source = self.make(f"{name} input in fp32", a * inputs, reads=e * inputs)
         low = source
@@ -187,6 +189,23 @@ class LayerForward(Ledger):
             out = self.make(f"{name} adapted and rounded", e * outputs, reads=a * outputs)
             self.drop(f"{name} adapted", source)
         return out
+
+    def adapted(self, name: str, source: str) -> str:
+        """The adapter's part, added where the base's output is (`trainer.adapters.lora`)."""
+        inputs, outputs = self.linears[name]
+        e, adapter = self.e, self.training.adapter
+        assert adapter is not None
+        self.traffic += e * (inputs + 2 * outputs)
+        if adapter.dropout:
+            self.make(f"{name} mask", e * inputs, reads=0.0)
+            self.make(f"{name} input with dropout", e * inputs, reads=2 * e * inputs)
+            self.drop(f"{name} mask")
+        self.make(f"{name} A", e * adapter.rank)
+        if adapter.dropout:
+            self.drop(f"{name} input with dropout")
+        self.keep_for_backward(f"{name} adapter", source, f"{name} A")
+        self.drop(f"{name} A")
+        return name
 
     def attention(self, source: str) -> str:
         """q, k, v with their norms and rotary embedding, attention, out-projection; lets `source` go."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farspan.kernels.attention_backends import in_small_parts
 from farspan.memory.allocations import fastest_s, footprint
 from farspan.memory.measure_layer import LayerAllocations, LayerSeconds, probe
 from farspan.memory.moments import SETTINGS, Run
@@ -58,7 +59,8 @@ def measure_profile(subject: Subject, names: list[str], *, loss_tile: int, mlp_t
                 times = _windows_shown(subject.layers[index])
                 subject.set_tile(times * tile)
                 run = partial(LayerAllocations, subject, index, layers[name], times * rows, times * tile)
-                probe(subject, index, times * rows, run)
+                with in_small_parts():
+                    probe(subject, index, times * rows, run)
             subject.set_tile(tile)
             _head_allocations(subject, head, rows, tile)
         subject.set_tile(None)

@@ -58,7 +58,7 @@ class _Packing:
         """By storage. The weak reference in a copy keeps the address from being given to another storage."""
 
     def pack(self, tensor: Tensor) -> Any:
-        if tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor.device != self.store.device:
             return tensor
         storage = tensor.untyped_storage()
         address = storage._cdata

@@ -142,6 +142,12 @@ class Training(Schema):
     def adapter_width_bytes(self) -> int:
         return WIDTH_BYTES[self.adapter_precision]
 
+    @property
+    def one_node_adapters(self) -> bool:
+        """Whether an adapted linear layer is one autograd node (`trainer.adapters.lora`): not under ZeRO-3, nor with
+        adapters of another dtype, as peft by itself makes them."""
+        return self.adapter is not None and self.zero != 3 and self.adapter_precision == self.precision
+
     def adapts(self, linear: str) -> bool:
         """Whether the linear layer of this name has an adapter."""
         return self.adapter is not None and (self.adapter.targets is None or linear in self.adapter.targets)

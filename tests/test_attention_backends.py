@@ -23,7 +23,7 @@ from torch import Tensor
 
 from farspan.errors import JobError
 from farspan.kernels import attention, attention_backends
-from farspan.kernels.attention_backends import BACKENDS, Backend, CpuFlash, Pack, Packing, TorchFlash
+from farspan.kernels.attention_backends import BACKENDS, Backend, CpuFlash, Pack, Packing, TorchFlash, in_small_parts
 from farspan.memory.layer_backward import LEAST_ROW_HEADS
 from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.config import Mesh
@@ -162,9 +162,11 @@ def test_parts_of_the_heads_are_as_planned() -> None:
     assert Packing.least_row_heads == LEAST_ROW_HEADS
     counted = {
         rows: Formula().head_groups(torch.empty(1, 32, rows, 8, device="meta"), torch.empty(1, 8, rows, 8))
-        for rows in (1024, 8192, 16384, 32768, 65536, 1 << 20)
+        for rows in (1024, 2048, 4096, 8192, 16384, 1 << 20)
     }
-    assert counted == {1024: 1, 8192: 1, 16384: 2, 32768: 4, 65536: 8, 1 << 20: 8}
+    with in_small_parts():
+        assert Formula().head_groups(torch.empty(1, 32, 100, 8, device="meta"), torch.empty(1, 8, 100, 8)) == 8
+    assert counted == {1024: 1, 2048: 1, 4096: 2, 8192: 4, 16384: 8, 1 << 20: 8}
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])

@@ -71,14 +71,15 @@ PLACEMENTS = {
 
 
 @pytest.mark.parametrize("name", sorted(PLACEMENTS))
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("saved", ["device", "host"])
-def test_gradients_are_those_of_keeping(tmp_path: Path, name: str, precision: str, saved: str) -> None:
+def test_gradients_are_those_of_keeping(tmp_path: Path, name: str, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: the kernel for fp32 has no deterministic backward."""
     placement = Placement(rows=S, attention_rows=S, layers=tuple(PLACEMENTS[name]), saved=saved)  # type: ignore[arg-type]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     try:
-        kept = gradients(None, tmp_path, precision)
-        assert differing(gradients(placement, tmp_path, precision), kept) == []
+        kept = gradients(None, tmp_path, "bf16")
+        assert differing(gradients(placement, tmp_path, "bf16"), kept) == []
     finally:
         torch.use_deterministic_algorithms(False)
 

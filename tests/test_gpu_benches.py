@@ -32,10 +32,10 @@ def run(script: str, out: Path, *more: str) -> tuple[dict[str, Any], str]:
 
 def test_ceilings(tmp_path: Path) -> None:
     cells, table = run("ceilings", tmp_path / "ceilings.json")
-    assert {"copies", "disk", "attention/300", "attention/1000"} <= cells.keys()
-    cpu = cells["attention/1000"]["cpu"]
+    assert {"copies", "disk", "attention/300/cpu", "attention/1000/flash"} <= cells.keys()
+    cpu = cells["attention/1000/cpu"]
     assert cpu["error"] < 1e-2 and cpu["prefix_bit_equal"] and cpu["backward_s"] > 0
-    assert cells["attention/1000"]["flash3"] == {"failed": "tensors on cpu"}
+    assert cells["attention/1000/flash3"] == {"failed": "tensors on cpu"}
     assert "| copy, both |" in table and "| 1000 | cpu |" in table
 
 

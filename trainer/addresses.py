@@ -38,6 +38,9 @@ def planned_arena(spec: TrainSpec, *, use_gpu: bool) -> Arena | None:
             why=why,
             try_="--set memory.addresses=torch",
         )
+    from transformers import modeling_utils
+
+    modeling_utils.caching_allocator_warmup = lambda *_: None  # it asks torch's allocator, which is none any more
     return Arena(build(default_cache_root() / "build"), cuda=True)
 
 

@@ -23,7 +23,7 @@ from farspan.memory.measure import measure_profile
 from farspan.memory.problem import Links
 from farspan.memory.profile import Profile, Source
 from farspan.memory.samples import Subject
-from farspan.memory.tiers import Store
+from farspan.memory.tiers import OffTier, Store
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.config import CalibrationRequest, Model
@@ -36,9 +36,10 @@ from farspan.trainer.models import (
 )
 from farspan.trainer.parallel.ulysses import LoneRank
 
-LINK_BYTES = 256 * 2**20
-"""Moved each way over each lane: seconds, not minutes, and far more than any cache."""
-TENSOR_BYTES = 32 * 2**20
+MIB = 2**20
+LINKS = {"cpu": (256 * MIB, 32 * MIB), "cuda": (4096 * MIB, 256 * MIB)}
+"""Bytes moved each way over each lane, and of a tensor: far more than any cache, and so much that starting and waking
+threads is none of the time."""
 
 
 def calibrate(request: CalibrationRequest) -> Measured:
@@ -118,29 +119,28 @@ def measure_links(disk_dir: str | None, device: torch.device) -> MeasuredLinks:
 
     A rank without a disk tier keeps the copies' rates for it; no plan uses them.
     """
-    count = LINK_BYTES // TENSOR_BYTES
-    tensors = [torch.ones(TENSOR_BYTES // 4, device=device) for _ in range(2)]
+    total_bytes, tensor_bytes = LINKS[device.type]
+    count = total_bytes // tensor_bytes
+    tensors = [torch.ones(tensor_bytes // 4, device=device) for _ in range(2)]
     busy: dict[str, float] = {}
     for tier in ("host", "disk") if disk_dir is not None else ("host",):
         folder = Path(disk_dir) if disk_dir is not None and tier == "disk" else None
         with Store(
-            host_bytes=LINK_BYTES,
+            host_bytes=total_bytes,
             disk_dir=folder,
-            disk_bytes=LINK_BYTES if folder is not None else 0,
+            disk_bytes=total_bytes if folder is not None else 0,
             slots=count,
             prefault=True,
             device=device,
         ) as store:
-            stored = [store.put(tier, tensors[index % 2]) for index in range(count)]
-            store.drain()
-            for one in stored:
-                store.get(one, out=tensors[0])
-                store.free(one)
+            _there_and_back(store, tier, tensors[:1], 1)  # streams and mappings are made on first use
+            store.statistics(restart=True)
+            _there_and_back(store, tier, tensors, count)
             for lane in ("copy_out", "copy_in") if tier == "host" else ("disk_write", "disk_read"):
                 times = [(i.start_s, i.end_s) for i in store.statistics().intervals if i.lane == lane]
                 busy[lane] = max(end_s for _, end_s in times) - min(start_s for start_s, _ in times)
-    rates = {lane: LINK_BYTES / seconds for lane, seconds in busy.items()}
-    how = f"{LINK_BYTES >> 20} MiB in pieces of {TENSOR_BYTES >> 20} MiB through each lane"
+    rates = {lane: total_bytes / seconds for lane, seconds in busy.items()}
+    how = f"{total_bytes >> 20} MiB in pieces of {tensor_bytes >> 20} MiB through each lane"
     return MeasuredLinks(
         links=Links(
             copy_out_bytes_per_s=rates["copy_out"],
@@ -150,6 +150,16 @@ def measure_links(disk_dir: str | None, device: torch.device) -> MeasuredLinks:
         ),
         source=Source(how="measured", what=how),
     )
+
+
+def _there_and_back(store: Store, tier: OffTier, tensors: list[torch.Tensor], count: int) -> None:
+    stored = [store.put(tier, tensors[index % len(tensors)]) for index in range(count)]
+    store.drain()
+    for one in stored:  # all are asked for before any is waited for
+        store.fetch(one)
+    for one in stored:
+        store.get(one)
+        store.free(one)
 
 
 def main(arguments: Sequence[str]) -> int:

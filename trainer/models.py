@@ -23,6 +23,7 @@ from farspan.memory.config import Tiles
 from farspan.memory.executor import Executor
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
+from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.config import FullFineTune, LoRA, Model, Precision, RandomModel, TrainSpec
 from farspan.trainer.loss import LossHead
@@ -215,7 +216,7 @@ def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config, autocast_adapter_dtype=False)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
             raise JobError(
                 "the adapter does not match the model",
@@ -223,6 +224,8 @@ def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: i
                 why=str(error).split("\n", maxsplit=1)[0],
                 try_=f"name linear layers of this model, for example {', '.join(_linear_names(model))}",
             ) from error
+    install(adapted)
+    return adapted
 
 
 def _linear_names(model: nn.Module) -> list[str]:

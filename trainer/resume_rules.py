@@ -35,6 +35,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "mesh": ("free", "state is addressed by parameter and offset, packs by their global number"),
     "zero": ("free", "state is addressed by parameter and offset"),
     "cpu_offload": ("free", "the same update in another place"),
+    "addresses": ("free", "the same tensors in other places"),
     "accumulation": ("free", "covered by packs_per_step = mesh.dp x accumulation"),
     "warmup_steps": ("said", _NEW_CURVE),
     "optim.type": ("fixed", _MOMENTS),

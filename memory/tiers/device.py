@@ -133,13 +133,14 @@ class Cuda:
         return on_node(pci_node(torch.cuda.get_device_properties(self.torch_device)))
 
     def pin(self, address: int, size_bytes: int) -> None:
+        runtime = torch.cuda.cudart()
         with torch.cuda.device(self.torch_device):
-            failed = torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)
-        if int(failed):
+            failed = int(runtime.cudaHostRegister(address, size_bytes, 0))
+        if failed:
             raise DoesNotFit(
                 "the host tier cannot be pinned",
                 at="host memory of this rank",
-                why=f"{size_bytes} bytes wanted, CUDA says: {failed}",
+                why=f"{size_bytes} bytes wanted, CUDA says: {runtime.cudaGetErrorString(runtime.cudaError(failed))}",
                 try_="a smaller host memory budget, or a container that may lock memory (ulimit -l unlimited)",
             )
 

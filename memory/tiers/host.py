@@ -52,7 +52,7 @@ class Arena:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._device = device or Cpu()
         with self._device.near():
-            if prefault:
+            if prefault and self._device.torch_device.type == "cpu":  # pinning touches all pages by itself
                 self._bytes.fill_(0)
             try:
                 self._device.pin(self._bytes.data_ptr(), reserve_bytes)

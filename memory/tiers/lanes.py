@@ -115,6 +115,7 @@ class Lanes:
                 with self.changed:
                     self._ledger.worked(done)
         with self._failing(), self.changed:
+            job.run = _done  # it holds the caller's tensor, which the caller's own thread is to release
             job.pending.discard(job)
             self.changed.notify_all()
             self._settle(job.stored)
@@ -130,6 +131,10 @@ class Lanes:
             with self.changed:
                 self._failure = self._failure or failure
                 self.changed.notify_all()
+
+
+def _done() -> None:
+    pass
 
 
 def _defect(error: BaseException) -> OffloadFailed:

@@ -115,6 +115,11 @@ class Store:
             self._landed.clear()
 
     @property
+    def device(self) -> torch.device:
+        """Where tensors come from."""
+        return self._device.torch_device
+
+    @property
     def arena_address(self) -> int:
         """Of the host arena's first byte: a tensor's storage, but no memory of torch's allocator."""
         return self._arena.tensor(Extent(0, 0)).untyped_storage().data_ptr()

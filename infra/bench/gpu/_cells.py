@@ -71,7 +71,7 @@ def machine(_: dict[str, Any]) -> dict[str, Any]:
         "gpu": None,
         "cpu": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?"),
         "cores": os.cpu_count(),
-        "host_bytes": int(status["MemTotal"].split()[0]) * 1024,
+        "host_bytes": min(int(status["MemTotal"].split()[0]) * 1024, _of_this_container()),
         "versions": versions,
     }
     if DEVICE.type == "cuda":
@@ -84,6 +84,15 @@ def machine(_: dict[str, Any]) -> dict[str, Any]:
             "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
         }
     return found
+
+
+def _of_this_container() -> int:
+    """Bytes of memory it may use."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return 1 << 62
+    return 1 << 62 if limit == "max" else int(limit)
 
 
 def matmul(task: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +143,13 @@ def copies(task: dict[str, Any]) -> dict[str, Any]:
             store.statistics(restart=True)
 
             def beside() -> None:
+                # asked for first: a transfer begins where the device stands when it is asked for
+                stored = store.put("host", a, label="out")
+                store.fetch(waiting, b)
                 busy()
-                both()
+                store.get(waiting, out=b)
+                store.finish(stored)
+                store.free(stored)
 
             together_s = median_s(beside, repeats=3, warm=0)
             seen = store.statistics()
@@ -159,7 +173,9 @@ def disk(task: dict[str, Any]) -> dict[str, Any]:
         stored = [store.put("disk", tensors[index % 2], label=str(index)) for index in range(count)]
         store.drain()
         for one in stored:
-            store.get(one, out=tensors[0])
+            store.fetch(one)
+        for one in stored:
+            store.get(one)
         rates = {}
         for lane in ("disk_write", "disk_read"):
             times = [(i.start_s, i.end_s) for i in store.statistics().intervals if i.lane == lane]
@@ -168,7 +184,7 @@ def disk(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def attention(task: dict[str, Any]) -> dict[str, Any]:
-    """Every back end at one length: seconds, rates, error on some rows, whether a prefix has the bits of the whole."""
+    """A back end at one length: seconds, rates, error on some rows, whether a prefix has the bits of the whole."""
     from farspan.kernels.attention import timings
     from farspan.kernels.attention_backends import BACKENDS, Pack
 
@@ -180,32 +196,39 @@ def attention(task: dict[str, Any]) -> dict[str, Any]:
     )
     pack = Pack((rows,), size**-0.5)
     flop = 2 * rows * rows * heads * size  # two products, half of the square
-    found: dict[str, Any] = {}
-    for name, told in timings(q, k, v, pack, repeats=task["repeats"]).items():
-        if isinstance(told, str):
-            found[name] = {"failed": told}
-            continue
-        backend = BACKENDS[name]
-        forward_s, backward_s = told
-        if backend.refusal(q, k, pack) is not None:  # another has been put in its place meanwhile
-            continue
-        out, lse = backend.forward(q, k, v, pack)
-        prefix = max(1, rows // 2 - 3)
-        into = torch.full_like(out, float("nan")), torch.full_like(lse, float("nan"))
-        backend.prefix(q, k, v, pack, prefix, *into)
-        same = torch.equal(into[0][:, :, :prefix], out[:, :, :prefix])
-        same &= torch.equal(into[1][:, :, :prefix], lse[:, :, :prefix])
-        del into
-        found[name] = {
-            "forward_s": forward_s,
-            "backward_s": backward_s,
-            "forward_flop_per_s": flop / forward_s,
-            "backward_flop_per_s": 2.5 * flop / backward_s,
-            "prefix_bit_equal": same,
-            "error": _error_on_some_rows(q, k, v, out, pack.scale),
-        }
-        del out, lse
-    return found
+    name = task["backend"]
+    told = timings(q, k, v, pack, repeats=task["repeats"], names=[name])[name]
+    if isinstance(told, str):
+        return {"failed": told}
+    forward_s, backward_s = told
+    backend = BACKENDS[name]
+    out, lse = backend.forward(q, k, v, pack)
+    prefix = max(1, rows // 2 - 3)
+    into = torch.full_like(out, float("nan")), torch.full_like(lse, float("nan"))
+    backend.prefix(q, k, v, pack, prefix, *into)
+    same = torch.equal(into[0][:, :, :prefix], out[:, :, :prefix])
+    same &= torch.equal(into[1][:, :, :prefix], lse[:, :, :prefix])
+    return {
+        "forward_s": forward_s,
+        "backward_s": backward_s,
+        "forward_flop_per_s": flop / forward_s,
+        "backward_flop_per_s": 2.5 * flop / backward_s,
+        "prefix_bit_equal": same,
+        "error": _error_on_some_rows(q, k, v, out, pack.scale),
+    }
+
+
+def fastest(task: dict[str, Any]) -> dict[str, Any]:
+    """Which back ends a run would prefer."""
+    from farspan.kernels.attention import fastest as quickest
+    from farspan.kernels.attention_backends import Pack
+
+    rows, heads, kv_heads, size = (task[name] for name in ("rows", "heads", "kv_heads", "size"))
+    q, k, v = (
+        torch.randn(1, rows, n, size, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    return {"names": quickest(q, k, v, Pack((rows,), size**-0.5))}
 
 
 def _error_on_some_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> float:
@@ -297,7 +320,7 @@ def liger(layers: list[nn.Module], module: nn.Module) -> Around:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
     except ImportError as error:
         raise Unavailable(f"{error}") from None
-    _apply_liger_kernel_to_instance(model=module.model)  # type: ignore[arg-type]
+    _apply_liger_kernel_to_instance(model=module._causal[0])  # type: ignore[index, union-attr]
     return hf_checkpoint(layers, module)
 
 
@@ -406,14 +429,14 @@ def train_planned(task: dict[str, Any]) -> dict[str, Any]:
     told: list[Any] = []
     steps = PlannedAddresses(arena, trained.module.layers, told.append)
     found: dict[str, Any] = {"step_s": []}
-    for turn in range(2 + task["steps"]):
+    for turn in range(3 + task["steps"]):  # one that warms up, one that is recorded, one that is planned
         arena.statistics(restart=True)
         wait()
         start_s = time.perf_counter()
         with steps.step():
             found["loss"] = trained.step(task["warm_rows"] if turn == 0 else None)
         wait()
-        if turn > 1:
+        if turn > 2:
             found["step_s"].append(time.perf_counter() - start_s)
     seen = arena.statistics()
     found |= {
@@ -431,12 +454,9 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each step, the peak of one more, and what moved."""
     if task.get("addresses") == "planned":
         return train_planned(task)
-    from farspan.kernels import attention as kernels
     from farspan.memory.allocations import allocated_bytes
 
     before = allocated_bytes() if DEVICE.type == "cpu" else 0
-    if task.get("attention"):
-        kernels.use(task["attention"])
     trained = Trained(task)
     ballast = torch.empty(task.get("ballast_bytes", 0), dtype=torch.uint8, device=DEVICE)
     trained.step(min(task["warm_rows"], task["length"]))
@@ -471,7 +491,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
 def gradients(task: dict[str, Any]) -> dict[str, Any]:
     """Gradients under a placement against those of keeping everything: names that differ, and the largest difference
     beside that of two runs that keep everything."""
-    torch.use_deterministic_algorithms(task["deterministic"], warn_only=True)
+    torch.use_deterministic_algorithms(task["deterministic"])
     kept = {**task, "placement": None, "tiers": None}
     first, again, placed = (_gradients(each) for each in (kept, kept, task))
     return {
@@ -512,6 +532,7 @@ WHAT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "copies": copies,
     "disk": disk,
     "attention": attention,
+    "fastest": fastest,
     "calibrate": calibrate,
     "train": train,
     "gradients": gradients,
@@ -519,7 +540,10 @@ WHAT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def main(arguments: list[str]) -> int:
+    from farspan.kernels import attention as kernels
+
     task = json.loads(arguments[0])
+    kernels.use(*task.get("kernels", ()))
     try:
         found = WHAT[task["what"]](task)
     except Unavailable as error:

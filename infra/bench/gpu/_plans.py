@@ -22,6 +22,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def heads_of(config: dict[str, Any]) -> dict[str, int]:
+    shape = shape_of(config)
+    return {"heads": shape.heads, "kv_heads": shape.kv_heads, "size": shape.head_dim}
+
+
 def config_of(model: str, *, lora: int, mlp_tile: int = 0) -> dict[str, Any]:
     toy = model == "toy"
     return {
@@ -97,7 +102,8 @@ def problem_of(bench: Bench, config: dict[str, Any], measured: Measured, length:
 def allocated_bytes(problem: PlanProblem, prediction: Prediction) -> int:
     """Of a predicted peak, what the allocator counts: not the context."""
     outside = sum(s.bytes for s in problem.states if s.tier == "device" and s.name in ("context", "collectives"))
-    return prediction.device_peak_bytes - outside
+    workspaces = 2 * 32 * (1 << 20) if outside else 0  # cuBLAS's, of the main and of the autograd thread
+    return prediction.device_peak_bytes - outside + workspaces
 
 
 def tiers_of(problem: PlanProblem, placement: Placement, prediction: Prediction) -> dict[str, int] | None:

@@ -17,7 +17,7 @@ import tempfile
 from typing import Any
 
 from _common import Bench, gib, main, markdown, rows_of, seconds
-from _plans import allocated_bytes, budgets_of, calibration_of, config_of, problem_of, tiers_of
+from _plans import allocated_bytes, budgets_of, calibration_of, config_of, heads_of, problem_of, tiers_of
 from race import TILE
 
 from farspan.errors import DoesNotFit
@@ -89,6 +89,8 @@ def cell(bench: Bench, length: int, options: Any, folder: str) -> None:
 
 
 def run(bench: Bench, options: argparse.Namespace) -> None:
+    model = config_of("toy" if bench.toy else "8B", lora=16)
+    bench.choose_kernels(heads_of(model), 256 if bench.toy else 16384)
     with tempfile.TemporaryDirectory() as folder:
         for length in options.lengths or ([900] if bench.toy else (M, 2 * M)):
             cell(bench, length, options, folder)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from _common import Bench, main
-from _plans import config_of
+from _plans import config_of, heads_of
 from race import PEERS, PLANNED, cell, more_options, table
 
 K = 1 << 10
@@ -24,6 +24,7 @@ TOY_SYSTEMS = ("solve", PLANNED, "keep", "hf-checkpoint")
 def run(bench: Bench, options: argparse.Namespace) -> None:
     models = ["toy"] if bench.toy else ["1B", "8B"]
     rank = 8 if bench.toy else 16
+    bench.choose_kernels(heads_of(config_of(models[-1], lora=rank)), 256 if bench.toy else 16 * K)
     with tempfile.TemporaryDirectory() as folder:
         for length in options.lengths or ([900] if bench.toy else LENGTHS):
             for model in models:

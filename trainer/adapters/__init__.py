@@ -1,0 +1,1 @@
+"""Adapters: one folder each, with what it changes in a model, from outside."""

@@ -1,0 +1,1 @@
+"""LoRA in peft's format, with a forward and backward of our own."""

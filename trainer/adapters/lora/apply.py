@@ -1,0 +1,104 @@
+"""One autograd node for a LoRA layer: y = x W^T + b + s (m * x) A^T B^T (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+
+peft builds the adapter and keeps its file format; what changes is how its layers run. As separate operators a layer
+stores its input once more for each dropout, with a mask beside it, and makes four tensors as wide as its output on the
+way. Here it stores the input, which q, k and v share (as gate and up do), and x A^T, r numbers a row; the adapter's
+part is added where the base's output is. Dropout's mask m is not stored: a key is drawn where peft would draw the mask,
+so that a layer which is rebuilt draws the same one, and the mask is made from it again in backward.
+
+peft's own forward still runs where a layer is asked for something else: merged or disabled adapters, several at once,
+DoRA, autocast, a weight that is quantized, and under ZeRO-3, which gathers weights by watching submodules run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from farspan.memory.frame import current
+
+
+def install(model: nn.Module) -> int:
+    """Have every LoRA layer of a peft model run this way, on the instance; returns how many there are."""
+    from peft.tuners.lora import Linear
+
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer, layer.forward)
+    return len(layers)
+
+
+def _forward(layer: Any, of_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    adapter = _plain_adapter(layer, x) if not args and not kwargs else None
+    if adapter is None:
+        return of_peft(x, *args, **kwargs)
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    dropout = layer.lora_dropout[adapter]
+    share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share)
+
+
+def _plain_adapter(layer: Any, x: Tensor) -> str | None:
+    """The one adapter of a layer that runs as the formula says; None: peft's own forward is wanted."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    base = layer.get_base_layer()
+    if len(active) != 1 or layer.disable_adapters or layer.merged or type(base) is not nn.Linear:
+        return None
+    (name,) = active
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    weights = (base.weight, a.weight, b.weight)
+    if name in layer.lora_variant or a.bias is not None or b.bias is not None:
+        return None
+    if any(hasattr(w, "ds_id") or w.dtype != x.dtype for w in weights) or torch.is_autocast_enabled(x.device.type):
+        return None
+    return None if any(p.requires_grad for p in base.parameters()) else name
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x [..., C], A [r, C], B [N, r] -> [..., N]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float, share: float) -> Tensor:
+        frame = current()
+        if frame is not None:
+            frame.output_is_held = False
+        y = base(x)  # the module and not its weight: a frame may have its output already
+        held = frame is not None and frame.output_is_held
+        ctx.key = int(torch.randint(2**62, ()).item()) if share else None
+        x_RC = x.reshape(-1, x.shape[-1])
+        low_Rr = (x_RC if ctx.key is None else x_RC * _mask(x_RC, ctx.key, share)) @ a.t()
+        y_RN = y.view(-1, y.shape[-1])
+        y_RN = torch.addmm(y_RN, low_Rr, b.t(), alpha=scale) if held else y_RN.addmm_(low_Rr, b.t(), alpha=scale)
+        ctx.base, ctx.scale, ctx.share = base, scale, share
+        ctx.save_for_backward(x, low_Rr, a, b)
+        return y_RN.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, low_Rr, a, b = ctx.saved_tensors
+        x_RC, dy_RN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dlow_Rr = (dy_RN @ b).mul_(ctx.scale)
+        db = (dy_RN.t() @ low_Rr).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        mask = None if ctx.key is None else _mask(x_RC, ctx.key, ctx.share)
+        da = dlow_Rr.t() @ (x_RC if mask is None else x_RC * mask) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy_RN @ ctx.base.weight
+            if mask is None:
+                dx.addmm_(dlow_Rr, a)
+            else:
+                dx.add_((dlow_Rr @ a).mul_(mask))
+            dx = dx.view(x.shape)
+        return dx, da, db, None, None, None
+
+
+def _mask(x_RC: Tensor, key: int, share: float) -> Tensor:
+    """What dropout multiplies with: 0 for `share` of the elements, 1 / (1 - share) for the rest; the same for a key."""
+    generator = torch.Generator(x_RC.device).manual_seed(key)
+    return torch.empty_like(x_RC).bernoulli_(1 - share, generator=generator).div_(1 - share)
