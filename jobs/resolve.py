@@ -7,6 +7,7 @@ values that came from the file, a flag or a default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -358,8 +359,9 @@ class _Resolution:
     def _adapter(self) -> Any:
         adapter = self.job.adapter
         if isinstance(adapter, LoRA) and adapter.alpha is None:
-            alpha = 2.0 * adapter.rank
-            self._decide("adapter.alpha", alpha, f"2 x rank {adapter.rank}")
+            divisor = math.sqrt(adapter.rank) if adapter.rslora else adapter.rank
+            alpha, rank = 2.0 * divisor, f"rank {adapter.rank}"
+            self._decide("adapter.alpha", alpha, f"2 x {'sqrt of ' * adapter.rslora}{rank}")
             return adapter.model_copy(update={"alpha": alpha})
         return adapter
 

@@ -43,3 +43,17 @@ def test_sft_beside_trl_and_a_bare_loop(tmp_path: Path) -> None:
     losses = {key: cell["loss"] for key, cell in cells.items()}
     assert max(losses.values()) - min(losses.values()) < 0.1, losses  # the same model on tokens of the same kind
     assert "| 256 | farspan-2 |" in out.with_suffix(".md").read_text()
+
+
+def test_lora_beside_peft(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
+    out = tmp_path / "lora.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "farspan.jobs", "bench", "lora", "--toy", "--out", str(out)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for key, found in json.loads(out.read_text()).items():
+        stored = {system: one["stored_bytes_per_row"] for system, one in found.items()}
+        assert stored["Farspan"] <= stored["peft, adapters in bf16"] < stored["peft, its default"], key
+    assert "| 0.05, 300 | Farspan |" in out.with_suffix(".md").read_text()

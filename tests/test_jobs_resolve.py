@@ -110,6 +110,8 @@ def test_origins_of_every_value():
     assert table["optim.steps"] == {"value": 100, "origin": "default"}
     assert table["optim.warmup_steps"] == {"value": 3, "origin": "planner", "why": "3 % of 100 steps, at least one"}
     assert table["adapter.alpha"] == {"value": 8.0, "origin": "planner", "why": "2 x rank 4"}
+    scaled = done(make(adapter=LoRA(rank=16, rslora=True))).to_json()["adapter.alpha"]
+    assert (scaled["value"], scaled["why"]) == (8.0, "2 x sqrt of rank 16")
     assert table["parallel.sp"]["origin"] == table["parallel.dp"]["origin"] == "planner"
     assert table["world_size"]["value"] == 2
     assert resolved.train.adapter.alpha == 8.0

@@ -173,3 +173,30 @@ def test_tiles_keep_fewer_rows_alive(tmp_path: Path) -> None:
         stored[name] = sum(storages.values())
     gate_up_act_product = 2 * 4 * 70 * 48 * 4  # layers x tensors x rows x ffn x fp32
     assert stored["whole"] - stored["tiled"] >= gate_up_act_product * 0.9, stored
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_start_at_the_base_and_open_in_peft(tmp_path: Path, init: Any, rslora: bool) -> None:
+    from peft import PeftModel
+
+    folder = folder_of(tmp_path, "llama")
+    ids, _ = sequence()
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    adapter = LoRA(rank=16, rslora=rslora, init=init)
+    made: Any = add_adapter(base(), adapter, seed=0)
+    layer = made.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.scaling["default"] == pytest.approx(2.0), "the default alpha scales by two either way"
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert bool(b.detach().any()) == (init == "orthogonal")
+    torch.testing.assert_close(made(ids).logits, base()(ids).logits, rtol=1e-4, atol=1e-5)
+    b.data.add_(torch.randn_like(b) * 0.1)
+    made.save_pretrained(tmp_path / "adapter")
+    opened = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    torch.testing.assert_close(opened(ids).logits, made(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(made(ids).logits, base()(ids).logits)
+    again: Any = add_adapter(base(), adapter, seed=0)
+    assert torch.equal(again.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight, a)

@@ -8,6 +8,7 @@ rank's device, or to its ZeRO-3 shard.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,10 +208,12 @@ def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: i
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.rank,
+        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * _divisor(adapter),
         lora_dropout=adapter.dropout,
         target_modules=targets,
         modules_to_save=list(adapter.modules_to_save) or None,
+        use_rslora=adapter.rslora,
+        init_lora_weights=True if adapter.init == "default" else adapter.init,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -226,6 +229,11 @@ def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: i
             ) from error
     install(adapted)
     return adapted
+
+
+def _divisor(adapter: LoRA) -> float:
+    """What the scale of an adapter divides alpha by."""
+    return math.sqrt(adapter.rank) if adapter.rslora else adapter.rank
 
 
 def _linear_names(model: nn.Module) -> list[str]:
