@@ -18,6 +18,7 @@ from farspan.jobs.report.page import render_page, value_text
 from farspan.jobs.report.timeline import COLOURS, Picture, picture, span_text
 from farspan.memory.evaluate import evaluate
 from farspan.memory.plan import Placement
+from farspan.memory.problem import PlanProblem
 from farspan.trainer.run_folder import write_atomically
 
 PLACE_WORDS = {"keep": "kept by autograd", "recompute": "computed again"}
@@ -32,6 +33,9 @@ PART_COLOURS = {
     "optimizer": COLOURS["optimizer"],
     "waiting": COLOURS["waiting"],
 }
+
+LEAST_SHARE = 5e-4
+"""Of what a layer keeps: smaller tensors are not shown."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def render_plan(planned: Planned, *, name: str, longest_tokens: int | None = Non
         strips=strips(planned.placement, placed_shares(planned)),
         places=[(PLACE_WORDS.get(place, place), PLACE_COLOURS[place]) for place in PLACES],
         place_names=PLACES,
+        kept=kept_kinds(planned.problem),
+        keep_colour=PLACE_COLOURS["keep"],
         assumptions=assumptions(planned),
         gib=size,
         duration=span_text,
@@ -172,6 +178,32 @@ def _cells(placement: Placement, name: str) -> list[tuple[float, float, float, f
                 )
             )
     return cells
+
+
+@dataclass(frozen=True)
+class KeptKind:
+    """What autograd keeps of a kind of layer."""
+
+    name: str
+    kib: float
+    """Per token, of all tensors, those too small to show included."""
+    tensors: list[tuple[str, str, float, float]]
+    """Name, operators that need it, KiB a token, share."""
+
+
+def kept_kinds(problem: PlanProblem) -> list[KeptKind]:
+    """Kinds of layers whose saved tensors were counted or measured, largest tensors first."""
+    found = []
+    for kind in problem.kinds:
+        whole = sum(tensor.bytes_per_row for tensor in kind.saved)
+        rows = [
+            (tensor.name, ", ".join(tensor.kept_by), tensor.bytes_per_row / 1024, tensor.bytes_per_row / whole)
+            for tensor in kind.saved
+            if tensor.bytes_per_row >= LEAST_SHARE * whole
+        ]
+        if rows:
+            found.append(KeptKind(kind.name, whole / 1024, rows))
+    return found
 
 
 def assumptions(planned: Planned) -> list[tuple[str, str, str, str]]:
