@@ -116,7 +116,7 @@ def kept_tensors(layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) 
     others = {_storage(t) for t in (*layer.parameters(), *layer.buffers(), *_tensors(getattr(call, "keywords", {})))}
     by_storage: dict[int, list[int]] = {}
     for index, tensor in enumerate(record.tensors):
-        if _storage(tensor) not in others:
+        if index in operators and _storage(tensor) not in others:  # what y does not depend on is gone with its node
             by_storage.setdefault(_storage(tensor), []).append(index)
     found = []
     for indices in by_storage.values():

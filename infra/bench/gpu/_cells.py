@@ -282,8 +282,6 @@ def hf_offload(layers: list[nn.Module], _: nn.Module) -> Around:
 
 def trl_offload(layers: list[nn.Module], module: nn.Module) -> Around:
     """TRL's OffloadActivations over reentrant checkpointing."""
-    if DEVICE.type != "cuda":
-        raise Unavailable("OffloadActivations needs an accelerator")
     try:
         from trl.models.activation_offloading import OffloadActivations
     except ImportError as error:
@@ -297,8 +295,6 @@ def trl_offload(layers: list[nn.Module], module: nn.Module) -> Around:
 
 def deepspeed_offload(layers: list[nn.Module], _: nn.Module) -> Around:
     """DeepSpeed's activation checkpointing in host memory."""
-    if DEVICE.type != "cuda":
-        raise Unavailable("what it moves to host memory must come from a GPU")
     try:
         import deepspeed
     except ImportError as error:
@@ -314,8 +310,6 @@ def deepspeed_offload(layers: list[nn.Module], _: nn.Module) -> Around:
 
 def liger(layers: list[nn.Module], module: nn.Module) -> Around:
     """Liger's kernels under Hugging Face's checkpointing."""
-    if DEVICE.type != "cuda":
-        raise Unavailable("Liger's kernels need a GPU")
     try:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
     except ImportError as error:
@@ -330,6 +324,13 @@ PEERS: dict[str, Callable[[list[nn.Module], nn.Module], Around]] = {
     "trl-offload": trl_offload,
     "deepspeed-offload": deepspeed_offload,
     "liger": liger,
+}
+
+
+NEED_A_GPU = {
+    "trl-offload": "OffloadActivations needs an accelerator",
+    "deepspeed-offload": "what it moves to host memory must come from a GPU",
+    "liger": "its kernels need a GPU",
 }
 
 
@@ -452,6 +453,8 @@ def train_planned(task: dict[str, Any]) -> dict[str, Any]:
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each step, the peak of one more, and what moved."""
+    if DEVICE.type != "cuda" and task["system"] in NEED_A_GPU:
+        raise Unavailable(NEED_A_GPU[task["system"]])
     if task.get("addresses") == "planned":
         return train_planned(task)
     from farspan.memory.allocations import allocated_bytes

@@ -37,7 +37,7 @@ def tasks(toy: bool, folder: str) -> dict[str, dict[str, Any]]:
     found["copies"] = {"what": "copies", "bytes": 4 * M if toy else 2048 * M, "matmul": 64 if toy else 8192}
     size, count = (M, 4) if toy else (512 * M, 16)
     found["disk"] = {"what": "disk", "bytes": size, "count": count, "folder": folder}
-    for rows in (300, 1000) if toy else LENGTHS:
+    for rows in (1000,) if toy else LENGTHS:
         repeats = 1 if rows >= 512 * K else 3
         for backend in BACKENDS:
             if backend == "efficient" and rows > LONGEST_OF_EFFICIENT:

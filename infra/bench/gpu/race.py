@@ -101,7 +101,7 @@ def equality(bench: Bench, config: dict[str, Any], length: int, options: Any, fo
     if isinstance(measured, str):
         return
     problem = problem_of(bench, config, measured, length, budgets_of(bench, options))
-    for policy in ("recompute", "offload-inputs", "memo", "ssdtrain"):
+    for policy in ("memo", "ssdtrain") if bench.toy else ("recompute", "offload-inputs", "memo", "ssdtrain"):
         placement = fixed_policy(problem, policy)
         tiers = tiers_of(problem, placement, evaluate(problem, placement))
         for mode in ("deterministic",) if bench.toy else ("deterministic", "as it is"):

@@ -18,7 +18,7 @@ from race import PEERS, PLANNED, cell, more_options, table
 K = 1 << 10
 LENGTHS = (8 * K, 16 * K, 32 * K, 64 * K)
 SYSTEMS = ("solve", PLANNED, "keep", "recompute", *PEERS)
-TOY_SYSTEMS = ("solve", PLANNED, "keep", "hf-checkpoint")
+TOY_SYSTEMS = ("solve", "keep")
 
 
 def run(bench: Bench, options: argparse.Namespace) -> None:
