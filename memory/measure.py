@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farspan.kernels.attention_backends import in_small_parts
+from farspan.kernels.attention_backends.packing import in_small_parts
 from farspan.memory.allocations import fastest_s, footprint
 from farspan.memory.measure_layer import LayerAllocations, LayerSeconds, probe
 from farspan.memory.moments import SETTINGS, Run

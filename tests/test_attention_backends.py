@@ -23,7 +23,9 @@ from torch import Tensor
 
 from farspan.errors import JobError
 from farspan.kernels import attention, attention_backends
-from farspan.kernels.attention_backends import BACKENDS, Backend, CpuFlash, Pack, Packing, TorchFlash, in_small_parts
+from farspan.kernels.attention_backends import BACKENDS, Backend, Pack, packing
+from farspan.kernels.attention_backends.packing import Packing, TorchFlash, in_small_parts
+from farspan.kernels.attention_backends.per_document import CpuFlash
 from farspan.memory.layer_backward import LEAST_ROW_HEADS
 from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.config import Mesh
@@ -347,7 +349,7 @@ def test_torch_is_told_whose_flash_attention_to_call(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(of_torch, "activate_flash_attention_impl", calls.append)
     monkeypatch.setattr(of_torch, "restore_flash_attention_impl", lambda: calls.append(None))
     monkeypatch.setattr(Packing, "refusal", lambda *_: None)
-    monkeypatch.setattr(attention_backends, "_installed", lambda _: True)
+    monkeypatch.setattr(packing, "_installed", lambda _: True)
     q, pack = torch.empty(1, 1, 1, 8), Pack((1,), 1.0)
     for name, current in (("flash3", "FA3"), ("flash3", "FA3"), ("flash4", "FA4"), ("flash", None), ("flash", None)):
         assert BACKENDS[name].refusal(q, q, pack) is None

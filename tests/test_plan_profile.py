@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.errors import JobError
-from farspan.kernels.attention_backends import prefix_rows
+from farspan.kernels.attention_backends.per_document import prefix_rows
 from farspan.memory.allocations import footprint
 from farspan.memory.analytic import analytic_profile
 from farspan.memory.build import O_BLOCK_ROWS, build_problem, problem_for

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sp_ranks import on_ranks
 
 from farspan.errors import JobError, RunFailed
-from farspan.kernels import attention_backends as kernel
+from farspan.kernels.attention_backends import per_document as kernel
 from farspan.memory import executor as executor_module
 from farspan.memory import self_test as self_test_module
 from farspan.memory.executor import Executor
