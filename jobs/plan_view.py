@@ -156,7 +156,7 @@ def _kind_of(operator: str) -> str:
     """What an operator of a counted layer is; those of a measured one are autograd's and go by their own names."""
     last = operator.rsplit(" ", 1)[-1]
     if last in ("adapter", "dropout"):
-        return f"{last}s" if last == "adapter" else last
+        return "adapters" if last == "adapter" else last
     if operator.startswith(("norm", "q_norm", "k_norm")):
         return "norms"
     if operator.endswith("_proj"):
