@@ -27,6 +27,7 @@ from farspan.memory.calibration import (
     load_calibration,
 )
 from farspan.memory.config import split_disk
+from farspan.trainer.adapters.config import inner
 from farspan.trainer.config import CalibrationRequest, Model, TrainSpec
 from farspan.trainer.run_folder import default_cache_root, write_atomically
 
@@ -85,7 +86,7 @@ def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str)
     return CalibrationRequest.model_validate(
         {
             "model": train.model,
-            "adapter": train.adapter,
+            "adapter": inner(train.adapter),
             "precision": train.precision,
             "memory": {**train.memory.model_dump(), "mlp_tile": tile or "off"},
             "context": train.data.context,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farspan.errors import JobError
+from farspan.trainer.adapters.config import inner
 from farspan.trainer.config import RandomModel, TrainSpec
 from farspan.trainer.run_folder import RunFolder
 
@@ -30,14 +31,16 @@ def export(
     from farspan.trainer.checkpoint_format import read_manifest
 
     checkpoint = find_checkpoint(folder, step)
-    spec = TrainSpec.model_validate(read_manifest(checkpoint).job)
-    if merged and spec.adapter.type == "full":
+    manifest = read_manifest(checkpoint)
+    spec = TrainSpec.model_validate(manifest.job)
+    if merged and inner(spec.adapter).type == "full":
         raise JobError(
             "nothing to merge",
             at="--merged",
             why="the run trained every weight, so its export is a whole model already",
             try_="leave --merged out",
         )
+    from farspan.trainer.checkpoint import with_range
     from farspan.trainer.data.store import TokenStore
     from farspan.trainer.export import export_checkpoint
 
@@ -46,7 +49,7 @@ def export(
         checkpoint,
         target.expanduser().absolute(),
         model=spec.model,
-        adapter=spec.adapter,
+        adapter=with_range(spec.adapter, manifest.progress),
         base_model_dir=folder.base_model if isinstance(spec.model, RandomModel) else None,
         tokenizer_dir=TokenStore(Path(spec.tokens_dir)).tokenizer_dir,
         dtype=spec.precision,

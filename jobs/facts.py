@@ -21,7 +21,7 @@ from farspan.errors import ClusterNotReady, JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.shape import LayerForm
-from farspan.trainer.config import FullFineTune, LoRA, Model, RandomModel
+from farspan.trainer.config import Adapter, FullFineTune, Model, RandomModel, Reversible
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,10 @@ class ModelFacts:
         block = 2 * self.hidden * (query + key) + 3 * self.hidden * self.ffn * self.experts
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * block
 
-    def trainable(self, adapter: LoRA | FullFineTune) -> int:
+    def trainable(self, adapter: Adapter) -> int:
         """About how many weights are trained."""
+        if isinstance(adapter, Reversible):
+            return self.trainable(adapter.inside) + 2 * self.layers * self.hidden * adapter.width
         if isinstance(adapter, FullFineTune):
             return self.parameters
         linears = self.linears()

@@ -19,13 +19,14 @@ from farspan.memory.config import Tiers, split_disk
 from farspan.memory.evaluate import evaluate
 from farspan.memory.hardware import Hardware
 from farspan.memory.plan import Placement
-from farspan.memory.policies import fixed_policy
+from farspan.memory.policies import FixedPolicy, fixed_policy
 from farspan.memory.prediction import Prediction
 from farspan.memory.problem import Budgets, PlanProblem
 from farspan.memory.profile import Source
-from farspan.memory.shape import AdapterShape, ModelShape, Training
+from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
-from farspan.trainer.config import LoRA, TrainSpec
+from farspan.trainer.adapters.config import inner
+from farspan.trainer.config import LoRA, Reversible, TrainSpec
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
 MLP_TILE = 2048
@@ -121,7 +122,8 @@ def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardwa
         problem = problem_of(job, train, facts, hardware)
     except NoProfile:
         return True
-    policy = "keep" if job.memory.plan == "solve" else job.memory.plan
+    every: FixedPolicy = "recompute" if problem.reversible else "keep"
+    policy = every if job.memory.plan == "solve" else job.memory.plan
     needed = evaluate(problem, fixed_policy(problem, policy))
     return 2 * needed.device_peak_bytes > problem.budgets.device_bytes or bool(needed.over_bytes)
 
@@ -215,19 +217,23 @@ def shape_of(facts: ModelFacts) -> ModelShape:
 
 def training_of(train: TrainSpec) -> Training:
     """What of a job the bytes and seconds of a step depend on."""
-    adapter = None
-    if isinstance(train.adapter, LoRA):
-        targets = train.adapter.target_modules
+    adapter, coupling, inside = None, None, inner(train.adapter)
+    if isinstance(inside, LoRA):
+        targets = inside.target_modules
         adapter = AdapterShape(
-            rank=train.adapter.rank,
+            rank=inside.rank,
             targets=None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets),
-            dropout=train.adapter.dropout > 0,
-            whole=tuple(n for n in WHOLE_MODULES if n in train.adapter.modules_to_save),
+            dropout=inside.dropout > 0,
+            whole=tuple(n for n in WHOLE_MODULES if n in inside.modules_to_save),
         )
+    if isinstance(train.adapter, Reversible):
+        given = train.adapter
+        coupling = CouplingShape(wiring=given.wiring, bits=given.bits, width=given.width, store=given.store)
     tile, rows = train.memory.mlp_tile, -(-train.data.context // train.mesh.sp)
     return Training(
         precision=train.precision,
         adapter=adapter,
+        coupling=coupling,
         zero=train.zero,
         cpu_offload=train.cpu_offload,
         dp=train.mesh.dp,

@@ -14,6 +14,7 @@ from farspan.jobs.mesh import by_prediction
 from farspan.jobs.plan import MLP_TILE, Planned, longest_context, plan, size
 from farspan.jobs.resolve import batch_chain, mesh_reason, resolve
 from farspan.memory.plan import TIERS, LayerPlan, Placement
+from farspan.memory.problem import PlanProblem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +103,8 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
     for place in PLACES:
         placed.add_column(place, justify="right")
     for name, share in placed_shares(planned).items():
-        placed.add_row(name, *(f"{amount:.0%}" if amount else "" for amount in share.values()))
+        texts = [f"{amount:.0%}" if amount else "" for amount in share.values()]
+        placed.add_row(stored_name(name, planned.problem), *texts)
     console.print(placed)
 
     if (line := kept_line(planned)) is not None:
@@ -149,7 +151,16 @@ def kept_line(planned: Planned) -> str | None:
     parts = [f"{group} {size:.3g}" for group, size in shown.items()]
     if len(shown) < len(kib):
         parts.append(f"others {whole - sum(shown.values()):.2g}")
-    return f"autograd keeps {whole:.1f} KiB a token and layer: {', '.join(parts)}"
+    line = f"autograd keeps {whole:.1f} KiB a token and layer: {', '.join(parts)}"
+    if kind.side_bytes is not None:
+        side, x = (size_bytes / planned.problem.rows / 1024 for size_bytes in (kind.side_bytes, kind.x_bytes))
+        line += f"; of a reversible layer {side:.3g} KiB are stored, its input is {x:.3g}"
+    return line
+
+
+def stored_name(name: str, problem: PlanProblem) -> str:
+    """What a tensor class of a placement is called."""
+    return "side bits" if name == "x" and problem.reversible else name
 
 
 def _kind_of(operator: str) -> str:

@@ -20,7 +20,7 @@ from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
-from farspan.trainer.config import LoRA, Mesh, TrainSpec
+from farspan.trainer.config import LoRA, Mesh, Reversible, TrainSpec
 
 MIN_ROWS = 2048
 """`auto` keeps at least this many rows of a sequence on a rank. Below it a layer's work is too small to cover its two
@@ -358,10 +358,22 @@ class _Resolution:
 
     def _adapter(self) -> Any:
         adapter = self.job.adapter
+        if not isinstance(adapter, Reversible):
+            return self._with_alpha(adapter, "adapter")
+        if self.job.memory.plan == "keep":
+            raise JobError(
+                "reversible layers are not kept",
+                at=self._at("memory.plan"),
+                why="of a layer they store side bits and compute the rest back; autograd has no part in that",
+                try_="--set memory.plan=solve, or another adapter",
+            )
+        return adapter.model_copy(update={"inside": self._with_alpha(adapter.inside, "adapter.inside")})
+
+    def _with_alpha(self, adapter: Any, path: str) -> Any:
         if isinstance(adapter, LoRA) and adapter.alpha is None:
             divisor = math.sqrt(adapter.rank) if adapter.rslora else adapter.rank
             alpha, rank = 2.0 * divisor, f"rank {adapter.rank}"
-            self._decide("adapter.alpha", alpha, f"2 x {'sqrt of ' * adapter.rslora}{rank}")
+            self._decide(f"{path}.alpha", alpha, f"2 x {'sqrt of ' * adapter.rslora}{rank}")
             return adapter.model_copy(update={"alpha": alpha})
         return adapter
 

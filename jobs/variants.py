@@ -92,6 +92,8 @@ def complete(kind: type[Schema], tree: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, Mapping):
             done[name] = shorthand(field, value)
-        elif "type" not in value:
-            done[name] = {"type": meant(field, value), **value}
+            continue
+        tag = value["type"] if "type" in value else meant(field, value)
+        chosen = variants(field).get(tag) if isinstance(tag, str) else None
+        done[name] = {"type": tag, **(value if chosen is None else complete(chosen, value))}
     return done

@@ -11,6 +11,7 @@ from farspan.memory.analytic import WorkingSet, analytic_profile
 from farspan.memory.hardware import Hardware
 from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, OnHost, PlanProblem, State
 from farspan.memory.profile import HeadProfile, KindProfile, LinearProfile, OnHostProfile, Profile
+from farspan.memory.reversible import reversible
 from farspan.memory.shape import ModelShape, Training
 from farspan.memory.states import model_states, weights_of
 
@@ -49,6 +50,7 @@ def build_problem(
         links=links,
         micro_batches=micro_batches,
         frozen_below=frozen_below,
+        reversible=any(kind.side_bytes_per_row is not None for kind in profile.kinds),
     )
 
 
@@ -72,8 +74,9 @@ def problem_for(
     """
     if training.mlp_tile is not None and -(-context // training.sp) <= training.mlp_tile and working_set == "today":
         training = training.model_copy(update={"mlp_tile": None})  # one tile: the MLP runs as it is
+    profile = analytic_profile(shape, training, hardware, working_set=working_set)
     return build_problem(
-        analytic_profile(shape, training, hardware, working_set=working_set),
+        profile if training.coupling is None else reversible(profile, shape, training, hardware.memory_bytes_per_s),
         states=model_states(training, hardware, weights_of(shape, training)),
         context=context,
         budgets=hardware.budgets() if budgets is None else budgets,
@@ -92,6 +95,7 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
     return LayerKind(
         name=kind.name,
         x_bytes=math.ceil(kind.x_bytes_per_row * rows),
+        side_bytes=None if kind.side_bytes_per_row is None else math.ceil(kind.side_bytes_per_row * rows),
         o_bytes=o_bytes,
         o_block_rows=O_BLOCK_ROWS,
         linear=tuple(_linear(linear, rows) for linear in kind.linear),

@@ -20,6 +20,7 @@ from farspan.memory.build import build_problem
 from farspan.memory.hardware import Hardware
 from farspan.memory.problem import Budgets, Links, PlanProblem
 from farspan.memory.profile import Amount, HeadProfile, KindProfile, Profile, Source
+from farspan.memory.reversible import reversible
 from farspan.memory.shape import ModelShape, Training, Weights
 from farspan.memory.states import gradient_width, model_states, optimizer_s, step_peak_bytes
 from farspan.schema import Schema
@@ -55,7 +56,7 @@ def calibration_key(shape: ModelShape, training: Training, device: str, model: s
     Args:
         model: which model it is, beyond its shape: families of the same shape have other biases, norms, experts.
     """
-    neutral = {"dp": 1, "zero": 0, "cpu_offload": False, "micro_batches": 1}
+    neutral = {"dp": 1, "zero": 0, "cpu_offload": False, "micro_batches": 1, "coupling": None}
     return {
         "code": CODE_VERSION,
         "device": device,
@@ -115,16 +116,19 @@ def calibrated_problem(
         assert kind.weights is not None
         return _with_exchange(kind, exchange_amount(shape, training, hardware, kind.weights.bytes))
 
+    whole = profile.model_copy(
+        update={
+            "layers": names,
+            "kinds": tuple(with_exchange(kind) for kind in profile.kinds),
+            "head": HeadProfile.model_validate(head.model_dump()),
+            # `--longest` also asks for contexts of a single tile, which run untiled and need a little more
+            "mlp_tile": profile.mlp_tile if (profile.mlp_tile or 0) < -(-context // training.sp) else None,
+        }
+    )
+    if training.coupling is not None:
+        whole = reversible(whole, shape, training, hardware.memory_bytes_per_s)
     return build_problem(
-        profile.model_copy(
-            update={
-                "layers": names,
-                "kinds": tuple(with_exchange(kind) for kind in profile.kinds),
-                "head": HeadProfile.model_validate(head.model_dump()),
-                # `--longest` also asks for contexts of a single tile, which run untiled and need a little more
-                "mlp_tile": profile.mlp_tile if (profile.mlp_tile or 0) < -(-context // training.sp) else None,
-            }
-        ),
+        whole,
         states=model_states(training, hardware, weights),
         context=context,
         budgets=hardware.budgets() if budgets is None else budgets,

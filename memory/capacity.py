@@ -10,7 +10,7 @@ from farspan.errors import DoesNotFit
 from farspan.memory.climb import climb, lengths
 from farspan.memory.evaluate import Evaluator, Walk, evaluate
 from farspan.memory.plan import Placement, Tier
-from farspan.memory.policies import FIXED_POLICIES, fixed_policy
+from farspan.memory.policies import fixed_policies, fixed_policy
 from farspan.memory.polish import Key, best_near, decode
 from farspan.memory.prediction import Prediction
 from farspan.memory.problem import PlanProblem
@@ -77,7 +77,7 @@ def least_device(problem: PlanProblem, *, rough: bool = False) -> Placement:
         return values[shape]
 
     shapes.sort(key=value)
-    starts = [fixed_policy(problem, policy) for policy in FIXED_POLICIES]
+    starts = [fixed_policy(problem, policy) for policy in fixed_policies(problem)]
     for shape in (climb(evaluator, shapes[0], value, CLIMBS), *shapes[:3]):
         limits: dict[str, float] = dict(evaluator.limits)
         for _ in range(ROUNDS):
@@ -102,7 +102,7 @@ def smallest_shapes(evaluator: Evaluator) -> list[Shape]:
     layers = len(evaluator.problem.layers) - evaluator.problem.frozen_below
     return [
         replace(even_shape(evaluator, -(-layers // longest), 0, between, prefetch=0), slots=1)
-        for longest in lengths(layers)
+        for longest in lengths(evaluator)
         for between in (("o", "xo") if longest > 2 else ("o",))
     ]
 

@@ -16,7 +16,11 @@ LENGTHS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128)
 """Longest segments that are tried."""
 
 
-def lengths(layers: int) -> list[int]:
+def lengths(evaluator: Evaluator) -> list[int]:
+    """Longest segments of a problem's plans that are tried; a reversible layer is always one of its own."""
+    layers = len(evaluator.problem.layers) - evaluator.problem.frozen_below
+    if evaluator.problem.reversible:
+        return [1]
     return [length for length in LENGTHS if length < layers] + [layers]
 
 
@@ -26,7 +30,7 @@ def climb(evaluator: Evaluator, shape: Shape, value: Callable[[Shape], float], t
     seen, improved = {shape}, True
     while improved:
         improved = False
-        for neighbour in neighbours(shape, first, layers):
+        for neighbour in neighbours(shape, first, layers, fixed=evaluator.problem.reversible):
             if neighbour in seen:
                 continue
             seen.add(neighbour)
@@ -52,8 +56,11 @@ def topped(evaluator: Evaluator, shape: Shape, top: tuple[int, ...]) -> Shape:
     return replace(shape, starts=tuple(starts))
 
 
-def neighbours(shape: Shape, first: int, layers: int) -> Iterator[Shape]:
-    """Shapes one boundary, one kept layer or one switch away, the top of the model first."""
+def neighbours(shape: Shape, first: int, layers: int, *, fixed: bool = False) -> Iterator[Shape]:
+    """Shapes one boundary, one kept layer or one switch away, the top of the model first. `fixed`: segments stay."""
+    yield from (replace(shape, prefetch=prefetch) for prefetch in (0, 1, 2) if fixed and prefetch != shape.prefetch)
+    if fixed:
+        return
     starts = shape.starts
     for index in range(len(starts) - 1, 0, -1):
         yield replace(shape, starts=starts[:index] + starts[index + 1 :])

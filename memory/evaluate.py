@@ -30,7 +30,7 @@ class LayerCost:
         self.inner_s = self.rebuild_s = kind.elementwise_s + kind.exchange_s
         if plan.x is not None:
             assert plan.x.stored == rows, f"{plan.x} of {rows} rows: a segment's head stores all rows of x"
-            self.x = self._add(plan.x, kind.x_bytes, rows)
+            self.x = self._add(plan.x, kind.stored_x_bytes, rows)
         if plan.o.stored:
             assert kind.o_bytes and plan.o.stored <= attention_rows, (kind.name, plan.o)
             self.o = self._add(plan.o, kind.o_bytes, attention_rows)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from farspan.memory.saved import saved_on_host
 from farspan.memory.tiered import DeviceLedger, TieredRows
 
 if TYPE_CHECKING:
+    from farspan.memory.coupling import Coupling
     from farspan.memory.tiers import Store
 
 
@@ -44,15 +45,23 @@ class Executor:
         store: host and disk; None where the placement uses the device alone.
         hollow: whether nothing between a layer's last linear layer and its output reads values in backward (a norm
             after the MLP does), so that its matmul can be left out of rebuilds.
+        coupling: reversible streams around the layers; a layer's x is then its side bits.
     """
 
     def __init__(
-        self, layers: list[nn.Module], placement: Placement, store: Store | None = None, *, hollow: bool = False
+        self,
+        layers: list[nn.Module],
+        placement: Placement,
+        store: Store | None = None,
+        *,
+        hollow: bool = False,
+        coupling: Coupling | None = None,
     ) -> None:
         assert len(layers) == len(placement.layers), (len(layers), len(placement.layers))
         assert placement.saved == "device" or store is not None, "saved tensors on the host need a store"
-        self.layers, self.placement, self.store = layers, placement, store
-        self.hollow = frozenset([HOLLOW]) if hollow else frozenset()
+        assert coupling is None or all(plan.x is not None for plan in placement.layers), "each layer stores its bits"
+        self.layers, self.placement, self.store, self.coupling = layers, placement, store, coupling
+        self.hollow = frozenset([HOLLOW]) if hollow and coupling is None else frozenset()
         self.ledger = DeviceLedger()
         self.units = placement.units()
         self.place_of_top = {unit[-1]: place for place, unit in enumerate(self.units)}
@@ -105,24 +114,36 @@ class Executor:
         return y
 
     def _run(self, index: int, call: partial[Any], x: Tensor) -> Tensor:
+        coupling = self.coupling if self.coupling is not None and self.coupling.on else None
         if not torch.is_grad_enabled():
-            return call(x)
-        if not x.requires_grad and not any(p.requires_grad for p in self.layers[index].parameters()):
+            return call(x) if coupling is None else coupling.pass_through(index, call, x)
+        trained = coupling is not None or any(p.requires_grad for p in self.layers[index].parameters())
+        if not x.requires_grad and not trained:
             return call(x)  # nothing below or in here is trained: no gradient will ever be asked for
         tape = self._tape() if self._tape is not None else None
         if tape is None or index <= tape.last:
-            tape = Tape(self)
+            tape = Tape(self) if coupling is None else self._coupled_tape(coupling)
             self._tape = weakref.ref(tape)  # held by the nodes alone: it goes when they go
         _refuse_gradients_by_keyword(index, call)
         return _LayerNode.apply(x, self._anchor, tape, index, call)
 
+    def _coupled_tape(self, coupling: Coupling) -> Tape:
+        from farspan.memory.coupled_tape import CoupledTape
+
+        return CoupledTape(self, coupling)
+
+
+Random: TypeAlias = tuple[Tensor, Tensor | None] | None
+"""States of the generators of CPU and GPU; None: nothing drops out."""
+
 
 @dataclass
-class _Layer:
+class Layer:
     """What the tape knows of one layer between its forward and its backward."""
 
     call: partial[Any]
-    dropout: tuple[Tensor, Tensor | None] | None
+    random: list[Random] = field(default_factory=list)
+    """Generators before each function that the layer consists of."""
     x: TieredRows | None = None
     x_now: Tensor | None = None
     o: TieredRows | None = None
@@ -158,7 +179,7 @@ class Tape:
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self.placement = executor, executor.placement
-        self.layers: dict[int, _Layer] = {}
+        self.layers: dict[int, Layer] = {}
         self.last = -1
         self.autocast = _autocast_state()
 
@@ -167,17 +188,8 @@ class Tape:
         executor, plan = self.executor, self.placement.layers[index]
         if executor.store is not None:
             executor.store.admit()
-        layer = self.layers[index] = _Layer(call, _random_state(executor.layers[index], x.device))
-
-        def attended(out: Tensor, lse: Tensor) -> None:
-            if plan.o.stored:
-                layer.o = self._put(out.transpose(1, 2), plan.o, f"O of layer {index}")
-                layer.lse = self._put(lse.transpose(1, 2), plan.o, f"log-sum-exp of layer {index}")
-
-        def produced(name: str, y: Tensor) -> None:
-            layer.linear[name] = self._put(y, plan.linear[name], f"{name} of layer {index}")
-
-        frame = Frame(attended=attended, produced={name: partial(produced, name) for name in plan.linear})
+        layer = self.layers[index] = Layer(call, [random_state(executor.layers[index], x.device)])
+        frame = self.storing_frame(index, layer)
         x, version = x.detach(), x._version  # with its history it would hold the node below, and that the tape
         with frame.active():
             y = call(x)
@@ -187,7 +199,7 @@ class Tape:
             raise _unsupported(index, "writes into its input", "the input could not be used again")
         # whoever comes first on the tape has nothing below to be recomputed from
         if plan.x is not None or index - 1 not in self.layers:
-            layer.x = self._put(x, plan.x or Rows(device=x.shape[1]), f"x of layer {index}")
+            layer.x = self.put(x, plan.x or Rows(device=x.shape[1]), f"x of layer {index}")
         self.last = index
         if index == len(self.placement.layers) - 1:
             self.prefetch(0)
@@ -201,18 +213,13 @@ class Tape:
         if index in executor.place_of_top:
             self.prefetch(executor.place_of_top[index])
         x = self._input_of(index).detach().requires_grad_(wants_dx)
-        frame = self._frame(layer, executor.hollow, again=False)
-        with (
-            torch.enable_grad(),
-            self._restored(layer, x.device),
-            frame.active(),
-            executor.saving(index, layer.call, x),
-        ):
+        frame = self.giving_frame(layer, executor.hollow, again=False)
+        with self.running_again(index, layer.random[0], frame, x):
             edge = get_gradient_edge(layer.call(x))  # nobody reads the output itself: its memory is free again
         del frame
         layer.x_now = layer.o_now = None
         torch.autograd.backward(edge, dy)
-        self._free(index)
+        self.free(index)
         return x.grad
 
     def _input_of(self, index: int) -> Tensor:
@@ -227,9 +234,9 @@ class Tape:
         x = layer.x_now
         for inner in range(start, index):
             layer = self.layers[inner]
-            frame = self._frame(layer, frozenset(), again=True)
+            frame = self.giving_frame(layer, frozenset(), again=True)
             frame.attended = partial(_complete, layer)
-            with torch.no_grad(), self._restored(layer, x.device), frame.active():
+            with torch.no_grad(), self.restored(layer.random[0], x.device), frame.active():
                 x = layer.call(x)
             if self.placement.between == "xo" and inner + 1 < index:
                 self.layers[inner + 1].x_now = x
@@ -237,7 +244,32 @@ class Tape:
             self.layers[index].x_now = x
         return x
 
-    def _frame(self, layer: _Layer, hollow: frozenset[str], *, again: bool) -> Frame:
+    @contextlib.contextmanager
+    def running_again(self, index: int, random: Random, frame: Frame, x: Tensor) -> Iterator[None]:
+        """Around a function of a layer that is run for its backward."""
+        with (
+            torch.enable_grad(),
+            self.restored(random, x.device),
+            frame.active(),
+            self.executor.saving(index, self.layers[index].call, x),
+        ):
+            yield
+
+    def storing_frame(self, index: int, layer: Layer) -> Frame:
+        """For a first forward: what is to be stored of it goes where the plan says."""
+        plan = self.placement.layers[index]
+
+        def attended(out: Tensor, lse: Tensor) -> None:
+            if plan.o.stored:
+                layer.o = self.put(out.transpose(1, 2), plan.o, f"O of layer {index}")
+                layer.lse = self.put(lse.transpose(1, 2), plan.o, f"log-sum-exp of layer {index}")
+
+        def produced(name: str, y: Tensor) -> None:
+            layer.linear[name] = self.put(y, plan.linear[name], f"{name} of layer {index}")
+
+        return Frame(attended=attended, produced={name: partial(produced, name) for name in plan.linear})
+
+    def giving_frame(self, layer: Layer, hollow: frozenset[str], *, again: bool) -> Frame:
         has_o = layer.o is not None or layer.o_now is not None
         names = {*layer.linear, *layer.linear_now}
         given = {name: partial(layer.given, name, again=again) for name in names}
@@ -252,10 +284,10 @@ class Tape:
                 for part in self.layers[index].parts() if index in self.layers else ():
                     part.fetch()
 
-    def _put(self, tensor: Tensor, rows: Rows, label: str) -> TieredRows:
+    def put(self, tensor: Tensor, rows: Rows, label: str) -> TieredRows:
         return TieredRows(tensor, rows, self.executor.store, self.executor.ledger, label)
 
-    def _free(self, index: int) -> None:
+    def free(self, index: int) -> None:
         for part in self.layers.pop(index).parts():
             part.free()
 
@@ -265,13 +297,13 @@ class Tape:
                 part.free()
 
     @contextlib.contextmanager
-    def _restored(self, layer: _Layer, device: torch.device) -> Iterator[None]:
-        """The autocast mode and, if anything drops out, the generators of the layer's first forward."""
+    def restored(self, random: Random, device: torch.device) -> Iterator[None]:
+        """The autocast mode and, if anything drops out, the generators of a first forward."""
         with contextlib.ExitStack() as stack:
             for kind, (enabled, dtype, cached) in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=cached))
-            if layer.dropout is not None:
-                cpu, cuda = layer.dropout
+            if random is not None:
+                cpu, cuda = random
                 stack.enter_context(torch.random.fork_rng([device] if cuda is not None else [], device_type="cuda"))
                 torch.set_rng_state(cpu)
                 if cuda is not None:
@@ -286,7 +318,7 @@ def fetch_ahead(waiting: weakref.ref[Tape], place: int) -> None:
         tape.prefetch(place)
 
 
-def _complete(layer: _Layer, out: Tensor, lse: Tensor) -> None:
+def _complete(layer: Layer, out: Tensor, lse: Tensor) -> None:
     layer.o_now = out, lse
 
 
@@ -315,7 +347,7 @@ def _autocast_state() -> dict[str, tuple[bool, torch.dtype, bool]]:
     }
 
 
-def _random_state(layer: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+def random_state(layer: nn.Module, device: torch.device) -> Random:
     """Generator states before a layer in which something drops out."""
     if not any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in layer.modules()):
         return None

@@ -175,13 +175,15 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
         kept_s, rebuilt_s = saved_s[name]
         again_s = kind.elementwise_s + kind.exchange_s + rebuilt_s - kept_s
         again = program.column(layers, again_s / unit_s, integer=True)
+        if problem.reversible:
+            program.lower[again] = layers
         head = program.column(layers, integer=True)
         inner = program.column(layers, (kind.elementwise_s + kind.exchange_s) / unit_s)
         kept_bytes.append((again, -kind.keep_bytes / unit_bytes))
         in_bytes["host"].append((again, -kind.keep_host_bytes / unit_bytes))
         program.row([(head, 1.0), (again, -1.0)], upper=0.0)
         program.row([(inner, 1.0), (again, -1.0)], upper=0.0)
-        stored(kind.x_bytes, head, whole=True)
+        stored(kind.stored_x_bytes, head, whole=True)
         attention = program.column(cost=kind.attention_forward_s / unit_s)
         if kind.o_bytes:
             given = stored(kind.o_bytes, again)

@@ -16,6 +16,11 @@ FIXED_POLICIES: tuple[FixedPolicy, ...] = ("keep", "recompute", "offload-inputs"
 KEEP = LayerPlan(keep=True)
 
 
+def fixed_policies(problem: PlanProblem) -> tuple[FixedPolicy, ...]:
+    """Those that can be carried out: reversible layers are not kept."""
+    return FIXED_POLICIES[1:] if problem.reversible else FIXED_POLICIES
+
+
 def fixed_policy(problem: PlanProblem, policy: FixedPolicy) -> Placement:
     """A fixed policy's placement, feasible or not.
 
@@ -69,12 +74,12 @@ def memo_layers(problem: PlanProblem) -> list[LayerPlan]:
     moved = kinds[problem.frozen_below : max(problem.frozen_below, len(kinds) - 2)]
     host_bytes = problem.budgets.host_bytes - sum(s.bytes for s in problem.states if s.tier == "host")
     rest = {kind.name: sum(c.bytes for c in kind.linear if not c.inner_only) for kind in problem.kinds}
-    room = host_bytes - sum(kind.x_bytes + kind.o_bytes for kind in moved)
+    room = host_bytes - sum(kind.stored_x_bytes + kind.o_bytes for kind in moved)
     share_of_host = room / max(1, sum(rest[kind.name] for kind in moved))
 
     def offloaded(kind: LayerKind) -> LayerPlan:
         forward_s = kind.forward_s + kind.attention_forward_s
-        hidden = problem.links.copy_out_bytes_per_s * forward_s - kind.x_bytes - kind.o_bytes
+        hidden = problem.links.copy_out_bytes_per_s * forward_s - kind.stored_x_bytes - kind.o_bytes
         alpha = min(1.0, max(0.0, min(share_of_host, hidden / max(1, rest[kind.name]))))
         whole = stored_whole(problem, kind, "host")
         parts = {c.name: int(alpha * grid_parts(problem.rows, c.tile_rows) + 1e-9) for c in kind.linear}
@@ -110,7 +115,7 @@ def ssdtrain_layers(problem: PlanProblem) -> list[LayerPlan]:
             return Rows(device=device, disk=rows - device)
 
         plans[kind.name] = LayerPlan(
-            x=split(problem.rows, 1, kind.x_bytes),
+            x=split(problem.rows, 1, kind.stored_x_bytes),
             o=split(problem.attention_rows, kind.o_block_rows, kind.o_bytes) if kind.o_bytes else Rows(),
             linear={c.name: split(problem.rows, c.tile_rows, c.bytes) for c in kind.linear if not c.inner_only},
         )

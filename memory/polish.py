@@ -152,7 +152,8 @@ def improve(
 def changes(evaluator: Evaluator, placement: Placement) -> Iterator[Change]:
     """Every way to move one tensor's rows between tiers and recompute, whole or by one part, and other switches."""
     problem = evaluator.problem
-    yield from ((-1, "between", between) for between in ("o", "xo") if between != placement.between)
+    if not problem.reversible:
+        yield from ((-1, "between", between) for between in ("o", "xo") if between != placement.between)
     yield from ((-1, "prefetch", count) for count in range(4) if count != placement.prefetch)
     yield from ((-1, "slots", count) for count in range(1, 5) if count != placement.slots)
     trained = range(problem.frozen_below, len(placement.layers))
@@ -162,7 +163,7 @@ def changes(evaluator: Evaluator, placement: Placement) -> Iterator[Change]:
     for layer in trained:
         plan, kind = placement.layers[layer], evaluator.kinds[layer]
         if not plan.keep:
-            yield layer, "plan", KEEP
+            yield from [(layer, "plan", KEEP)] * (not problem.reversible)
         elif placement.saved == "host":  # there the best layers to keep need not be the top ones
             for tier in TIERS:
                 o = Rows(**{tier: problem.attention_rows}) if kind.o_bytes else Rows()
@@ -170,7 +171,7 @@ def changes(evaluator: Evaluator, placement: Placement) -> Iterator[Change]:
         for rows in moves(plan.x or Rows(), problem.rows, 1):
             if rows.stored == problem.rows:
                 yield layer, "x", rows
-        if plan.x is not None:
+        if plan.x is not None and not problem.reversible:
             yield layer, "x", None
         if kind.o_bytes:
             yield from ((layer, "o", rows) for rows in moves(plan.o, problem.attention_rows, kind.o_block_rows))

@@ -62,6 +62,8 @@ class LayerKind(Schema):
     name: str
     x_bytes: int
     """Layer input; its output and their gradients have this size too."""
+    side_bytes: int | None = None
+    """Of a reversible layer: what it stores in the place of x. None: x itself."""
     o_bytes: int
     """Attention output and log-sum-exp, all rows; 0: no attention whose output can be given."""
     o_block_rows: int = Field(default=1, ge=1)
@@ -107,6 +109,11 @@ class LayerKind(Schema):
     """Saved tensors on the host while a rebuild and its backward run."""
     rebuild_fetched_bytes: int = 0
     """Copied back in a rebuilt layer's backward."""
+
+    @property
+    def stored_x_bytes(self) -> int:
+        """What is stored where a placement has x."""
+        return self.x_bytes if self.side_bytes is None else self.side_bytes
 
     def saving_on_host(self) -> LayerKind:
         """The same layer with its saved tensors on the host.
@@ -188,6 +195,8 @@ class PlanProblem(Schema):
     """Micro-batches of one optimizer step; each runs the plan."""
     frozen_below: int = 0
     """Layers below this one need no gradient at all: they run forward only and store nothing."""
+    reversible: bool = False
+    """Layers give back their inputs from side bits: each of them stores these, and none is kept."""
     saved: Saved = "device"
     """Where the numbers of `kinds` have autograd's saved tensors wait; `saving` makes one from the other."""
 

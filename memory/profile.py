@@ -125,6 +125,7 @@ class KindProfile(Schema):
 
     name: str
     x_bytes_per_row: float
+    side_bytes_per_row: float | None = None
     attention: AttentionProfile | None = None
     """None: nothing whose output could be given."""
     linear: tuple[LinearProfile, ...] = ()

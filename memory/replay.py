@@ -256,7 +256,10 @@ class _Program:
         assert plan.x is None or plan.x.stored == self.rows, (layer, "x is stored whole or not at all")
         assert kind.o_bytes or not plan.o.stored, (layer, "there is no O to store")
         assert plan.linear.keys() <= {linear.name for linear in kind.linear}, (layer, sorted(plan.linear))
-        tensors = [("x", plan.x or Rows(), kind.x_bytes, self.rows), ("o", plan.o, kind.o_bytes, self.attention_rows)]
+        tensors = [
+            ("x", plan.x or Rows(), kind.stored_x_bytes, self.rows),
+            ("o", plan.o, kind.o_bytes, self.attention_rows),
+        ]
         tensors += [(each.name, plan.linear.get(each.name, Rows()), each.bytes, self.rows) for each in kind.linear]
         return [
             # cut at row bounds, so that the parts of a tensor sum to its bytes

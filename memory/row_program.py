@@ -160,7 +160,7 @@ class RowProgram:
             block.fixed_s += (passes + count) * (kind.elementwise_s + kind.exchange_s)
             block.fixed_s += count * self.evaluator.saved_copies_s(kind)[1]
             if in_heads := sum(n in heads for n in share.layers):
-                share.x = self._stored(in_bytes, in_heads * kind.x_bytes, whole=True)
+                share.x = self._stored(in_bytes, in_heads * kind.stored_x_bytes, whole=True)
             if kind.o_bytes:
                 share.o = self._stored(in_bytes, count * kind.o_bytes)
                 self._attention(block, share)

@@ -115,7 +115,8 @@ def self_test(
         x, dy = torch.randn_like(like), torch.randn_like(like)
         for unit in units:
             with gathered([p for index in unit for p in layers[index].parameters()]):
-                comparison = _Comparison(executor, unit, calls, x, dy, seed)
+                kind = _Comparison if executor.coupling is None else _CoupledComparison
+                comparison = kind(executor, unit, calls, x, dy, seed)
                 found = comparison.differences(exact=exact)
                 count += comparison.gradients
             if found:
@@ -138,6 +139,7 @@ class _Comparison:
         dy: Tensor,
         seed: int,
     ) -> None:
+        self.executor = executor
         self.layers, self.unit, self.calls = executor.layers, unit, calls
         self.x, self.dy, self.seed = x, dy, seed
         self.trained = {
@@ -151,10 +153,10 @@ class _Comparison:
     def differences(self, *, exact: bool) -> list[_Difference]:
         """What a rebuild gets wrong, the first in the order of backward first."""
         with self._nothing_zero():
-            want = dict(self._backward(self._kept))
+            want = self._wanted()
             spread = 0.0
             if not exact:
-                again = [_difference(*key, got, want[key]) for key, got in self._backward(self._kept)]
+                again = [_difference(*key, got, want[key]) for key, got in self._wanted().items()]
                 spread = max(difference.relative for difference in again if difference is not None)
             found = []
             for key, got in self._backward(self._rebuilt):
@@ -162,6 +164,9 @@ class _Comparison:
                 if difference is not None and not difference.relative <= SPREAD_ALLOWED * spread:
                     found.append(difference)
             return found
+
+    def _wanted(self) -> dict[tuple[int, str], Tensor | None]:
+        return dict(self._backward(self._kept))
 
     def _kept(self, x: Tensor) -> Tensor:
         for index in self.unit:
@@ -199,6 +204,42 @@ class _Comparison:
         finally:
             for p in zeros:
                 p.data.zero_()
+
+
+class _CoupledComparison(_Comparison):
+    """A reversible layer, against the same layer storing what it reads; its streams too must come back."""
+
+    def _wanted(self) -> dict[tuple[int, str], Tensor | None]:
+        executor, coupling = self.executor, self.executor.coupling
+        assert coupling is not None
+        placement, store = executor.placement, coupling.store
+        bare = LayerPlan(x=Rows(device=placement.rows))
+        executor.placement = placement.model_copy(update={"layers": (bare,) * len(self.layers), "saved": "device"})
+        coupling.store = "inputs"
+        try:
+            return dict(self._backward(self._rebuilt))
+        finally:
+            executor.placement, coupling.store = placement, store
+
+    def differences(self, *, exact: bool) -> list[_Difference]:
+        found = super().differences(exact=exact)
+        coupling = self.executor.coupling
+        assert coupling is not None
+        if coupling.store == "inputs":
+            return found
+        seen: list[tuple[Tensor, Tensor]] = []
+        coupling.observer = lambda _, streams: seen.append((streams.main.clone(), streams.other.clone()))
+        try:
+            with self._nothing_zero():
+                for _ in self._backward(self._rebuilt):
+                    pass
+        finally:
+            coupling.observer = None
+        for name, before, after in zip(("main", "other"), seen[0], seen[1]):
+            off = (before.double() - after.double()).abs_().max()
+            if off > 0:
+                found.append(_Difference(self.unit[0], f"the {name} stream", float(off), float(before.abs().max())))
+        return found
 
 
 def _difference(layer: int, name: str, got: Tensor | None, want: Tensor | None) -> _Difference | None:

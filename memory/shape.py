@@ -107,12 +107,23 @@ class AdapterShape(Schema):
     """Modules trained whole beside the adapters."""
 
 
+class CouplingShape(Schema):
+    """Reversible streams around the layers (`memory.coupling`)."""
+
+    wiring: Literal[1, 2, 3] = 1
+    bits: int = Field(ge=1, le=8)
+    width: int = Field(default=0, ge=0)
+    """Of the bottleneck adapters between the streams; 0: none."""
+    store: Literal["bits", "inputs"] = "bits"
+
+
 class Training(Schema):
     """How the model is trained."""
 
     precision: Precision = "bf16"
     adapter: AdapterShape | None = None
     """None: every weight is trained."""
+    coupling: CouplingShape | None = None
     zero: Literal[0, 1, 2, 3] = 0
     cpu_offload: bool = False
     dp: int = Field(default=1, ge=1)
@@ -158,9 +169,11 @@ class Training(Schema):
 
     def trained_in_layer(self, shape: ModelShape) -> int:
         """Trained weights of one decoder layer."""
+        beside = 2 * shape.hidden * self.coupling.width if self.coupling is not None else 0
         if self.adapter is None:
-            return shape.layer_parameters
-        return sum(self.adapter.rank * (i + o) for name, (i, o) in shape.linears().items() if self.adapts(name))
+            return shape.layer_parameters + beside
+        inside = sum(self.adapter.rank * (i + o) for name, (i, o) in shape.linears().items() if self.adapts(name))
+        return inside + beside
 
     def trained_outside(self, shape: ModelShape) -> tuple[int, int]:
         """Trained weights of the embedding, and of final norm and output projection; a tied matrix counts once."""

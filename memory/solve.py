@@ -19,7 +19,7 @@ from farspan.memory.climb import climb, lengths, topped
 from farspan.memory.evaluate import Evaluator, Walk, evaluate
 from farspan.memory.milp import INFINITY, Bound, bound
 from farspan.memory.plan import Placement
-from farspan.memory.policies import FIXED_POLICIES, fixed_policy
+from farspan.memory.policies import fixed_policies, fixed_policy
 from farspan.memory.polish import Key, best_near, decode
 from farspan.memory.prediction import Prediction
 from farspan.memory.problem import PlanProblem
@@ -136,11 +136,13 @@ class Search:
         if least_copying_s(self.evaluator) >= step_s:
             return False
         self.bounds = bounds(self.evaluator)
-        keep = self.evaluator.walk(fixed_policy(self.problem, "keep"))
-        return min([keep.step_s, *(least.step_s for least in self.bounds.values())]) < step_s
+        least = [least.step_s for least in self.bounds.values()]
+        if not self.problem.reversible:
+            least.append(self.evaluator.walk(fixed_policy(self.problem, "keep")).step_s)
+        return min(least, default=INFINITY) < step_s
 
     def run(self) -> None:
-        for policy in FIXED_POLICIES:
+        for policy in fixed_policies(self.problem):
             self.add(fixed_policy(self.problem, policy), policy)
             if policy == "keep" and self.found and self.problem.saved == "device":
                 return
@@ -187,8 +189,12 @@ class Search:
         walk = self.evaluator.walk(placement)
         if fits := not self.evaluator.over(walk):
             family: tuple[object, ...] = (placement.saved, policy or longest_segment(placement))
-            self.found.append(Candidate(kind_of(placement, policy), family, placement, walk.step_s, walk.lanes_s))
+            self.found.append(Candidate(self.kind(placement, policy), family, placement, walk.step_s, walk.lanes_s))
         return fits
+
+    def kind(self, placement: Placement, policy: str) -> str:
+        found = kind_of(placement, policy)
+        return found.replace("from its input", "from its side bits") if self.problem.reversible else found
 
     def value(self, shape: Shape) -> float:
         """Seconds a shape takes by its program."""
@@ -203,7 +209,7 @@ class Search:
         Nothing is fetched ahead where that is what makes a shape fit.
         """
         even: list[Shape] = []
-        few = range(self.layers) if self.layers <= FEW_LAYERS else ()
+        few = range(self.layers) if self.layers <= FEW_LAYERS and not self.problem.reversible else ()
         for longest, least in (self.bounds or {}).items():
             for kept in dict.fromkeys((least.kept, 0, *few)):
                 for between in ("o", "xo") if longest > 2 else ("o",):
@@ -252,16 +258,15 @@ class Search:
 
 def bounds(evaluator: Evaluator) -> dict[int, Bound]:
     """By the longest segment's layers, the lower bounds of all placements that rebuild a layer."""
-    layers = len(evaluator.problem.layers) - evaluator.problem.frozen_below
-    found = {end: bound(evaluator, shorter + 1, end) for shorter, end in pairwise([0, *lengths(layers)])}
+    found = {end: bound(evaluator, shorter + 1, end) for shorter, end in pairwise([0, *lengths(evaluator)])}
     return {end: least for end, least in found.items() if least is not None}
 
 
 def least_s(problem: PlanProblem) -> float:
     """No plan takes less; infinity when by its totals none fits. Ten times quicker than `solve`, a few percent less."""
     evaluator = Evaluator(problem)
-    kept = evaluator.walk(fixed_policy(problem, "keep"))
-    fits = not evaluator.over(kept)
+    kept = evaluator.walk(fixed_policy(problem, "recompute" if problem.reversible else "keep"))
+    fits = not evaluator.over(kept) and not problem.reversible
     if fits and problem.saved == "device":
         return kept.step_s
     found_s = min((least.step_s for least in bounds(evaluator).values()), default=INFINITY)
@@ -281,7 +286,8 @@ def least_copying_s(evaluator: Evaluator) -> float:
         if layer >= problem.frozen_below:
             kept_s, rebuilt_s = evaluator.saved_copies_s(kind)
             seconds += kind.backward_s + kind.attention_backward_s
-            seconds += min(kept_s, rebuilt_s + kind.elementwise_s + kind.exchange_s)
+            rebuilt_s += kind.elementwise_s + kind.exchange_s
+            seconds += rebuilt_s if problem.reversible else min(kept_s, rebuilt_s)
     return seconds * problem.micro_batches + problem.head.step_s
 
 

@@ -10,11 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from farspan.memory.coupling import Coupling, Streams
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
+from farspan.trainer.adapters.config import Adapter
+from farspan.trainer.adapters.reversible.apply import CHILD
 from farspan.trainer.attention import NAME, PackedSequence
-from farspan.trainer.config import FullFineTune, LoRA, Mesh, Optim, RandomModel
+from farspan.trainer.config import FullFineTune, LoRA, Mesh, Optim, RandomModel, Reversible
 from farspan.trainer.engine import make_engine
 from farspan.trainer.models import DTYPES, CausalLMLoss, add_adapter, random_config, zero3
 from farspan.trainer.parallel.mesh import RankGrid, form_groups
@@ -34,21 +37,25 @@ class Model:
         family: str = "llama",
         *,
         precision: str = "fp32",
-        adapter: LoRA | FullFineTune | None = None,
+        adapter: Adapter | None = None,
         kv_heads: int = 2,
         attention: str = NAME,
+        layers: int = LAYERS,
         **changed: Any,
     ) -> None:
         adapter = adapter or FullFineTune()
-        shape = RandomModel(family=family, hidden=64, layers=LAYERS, heads=4, kv_heads=kv_heads, ffn=160, vocab=VOCAB)  # type: ignore[arg-type]
+        shape = RandomModel(family=family, hidden=64, layers=layers, heads=4, kv_heads=kv_heads, ffn=160, vocab=VOCAB)  # type: ignore[arg-type]
         config = random_config(shape, context=4096, eos_id=0, pad_id=1)
         config.update(changed)
         dtype = DTYPES[precision]  # type: ignore[index]
         torch.manual_seed(0)
         self.causal = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        self.model = add_adapter(self.causal, adapter, seed=1)
+        streams: list[Coupling] = []
+        self.model = add_adapter(self.causal, adapter, seed=1, streams=streams)
+        self.coupling = streams[0] if streams else None
         for index, (name, parameter) in enumerate(sorted(self.model.named_parameters())):
-            if "lora_B" in name and parameter.numel():  # starts at zero, which would make A's gradient zero too
+            if ("lora_B" in name or f"{CHILD}.up" in name) and parameter.numel():
+                # starts at zero, which would make the other factor's gradient zero too
                 drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
                 parameter.data.copy_(drawn * 0.05)
         self.loss = CausalLMLoss(self.model, self.causal, loss_tile=512)
@@ -78,6 +85,21 @@ class Model:
         return self.loss(ids, ids.roll(-1, 1), positions, PackedSequence(tuple(lengths)))
 
 
+def watch(model: Model, wrong: list[str]) -> None:
+    """Notes streams that backward does not find as forward left them."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    assert model.coupling is not None
+
+    def observe(index: int, streams: Streams) -> None:
+        before = seen.pop(index, None)
+        if before is None:
+            seen[index] = streams.main.clone(), streams.other.clone()
+        elif not (torch.equal(before[0], streams.main) and torch.equal(before[1], streams.other)):
+            wrong.append(f"streams before layer {index}")
+
+    model.coupling.observer = observe
+
+
 def tokens(lengths: list[int]) -> tuple[Tensor, Tensor]:
     ids = torch.randint(2, VOCAB, (1, sum(lengths)))
     return ids, torch.cat([torch.arange(n) for n in lengths])[None]
@@ -98,6 +120,31 @@ def segments(k: int, o_share: float, rows: int, *, attention_rows: int | None = 
     return Placement(rows=rows, attention_rows=S, layers=tuple(plans), **rest)
 
 
+def coupled_on_rank(rank: int, cases: list[dict[str, Any]]) -> list[list[str]]:
+    """For each case what differs between storing inputs and the placements, streams that do not come back included."""
+    return [_compare_coupled(rank, **case) for case in cases]
+
+
+def _compare_coupled(
+    rank: int,
+    *,
+    adapter: Reversible,
+    mesh: tuple[int, int],
+    lengths: list[int],
+    placements: list[Placement],
+    **how: Any,
+) -> list[str]:
+    grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
+    how = {"zero": 0, "family": "llama", "precision": "fp32"} | how
+    wrong: list[str] = []
+    inputs = adapter.model_copy(update={"store": "inputs"})
+    want = _step(grid, lengths=lengths, placement=placements[0], adapter=inputs, **how)
+    for index, placement in enumerate(placements):
+        got = _step(grid, lengths=lengths, placement=placement, adapter=adapter, wrong=wrong, **how)
+        wrong += [f"{index}: {name}" for name in differing(got, want)]
+    return wrong
+
+
 def on_rank(rank: int, cases: list[dict[str, Any]]) -> list[list[str]]:
     """For each case the names that differ between `keep` and the placements, on this rank of a gloo world."""
     return [_compare(rank, **case) for case in cases]
@@ -116,7 +163,8 @@ def _compare(
     **more: Any,
 ) -> list[str]:
     grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
-    runs = [_step(grid, family, precision, lora, zero, lengths, p, **more) for p in (None, *placements)]
+    adapter = LoRA(rank=4) if lora else None
+    runs = [_step(grid, family, precision, adapter, zero, lengths, p, **more) for p in (None, *placements)]
     return [f"{index}: {name}" for index, run in enumerate(runs[1:]) for name in differing(run, runs[0])]
 
 
@@ -124,27 +172,32 @@ def _step(
     grid: RankGrid,
     family: str,
     precision: str,
-    lora: bool,
+    adapter: Adapter | None,
     zero: int,
     lengths: list[int],
     placement: Placement | None,
     *,
     tile: int | None = None,
     self_test: bool = False,
+    wrong: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """Two micro-batches through an engine: losses, whole gradients, and the weights after the update."""
     with zero3(zero == 3, grid.device) if zero == 3 else contextlib.nullcontext():
-        made = Model(family, precision=precision, adapter=LoRA(rank=4) if lora else None)
+        made = Model(family, precision=precision, adapter=adapter)
     if tile is not None:
         tile_mlp(made.model, tile)
     store = Store(host_bytes=64 << 20) if placement is not None and placement.saved == "host" else None
-    executor = Executor(made.layers, placement, store, hollow=True) if placement is not None else None
+    executor = None
+    if placement is not None:
+        executor = Executor(made.layers, placement, store, hollow=True, coupling=made.coupling)
     ulysses = Ulysses(grid.sp_group) if grid.sp_group is not None else None
     if self_test:
         made.loss.executor = executor
         tested = check_rebuilding(made.loss, grid, ulysses, zero=zero, seed=5)
         assert (tested is None) == (executor is None)
         assert tested is None or (tested.units >= 1 and tested.gradients > 9 * tested.units)
+    if wrong is not None:
+        watch(made, wrong)
     engine = make_engine(made.loss, made.trainable(), Optim(lr=1e-2), grid, zero=zero, precision=precision)  # type: ignore[arg-type]
     sp, found = grid.mesh.sp, {}
     for micro in range(2):

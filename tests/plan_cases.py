@@ -134,6 +134,15 @@ def problems(draw: st.DrawFn, layers: int = 6, kinds: int = 2, classes: int = 3,
     )
 
 
+def coupled(problem: PlanProblem) -> PlanProblem:
+    """The same with reversible layers, which store half as much as their x, less for the second kind."""
+    kinds = tuple(
+        kind.model_copy(update={"side_bytes": kind.x_bytes // (2 + 2 * index)})
+        for index, kind in enumerate(problem.kinds)
+    )
+    return problem.model_copy(update={"kinds": kinds, "reversible": True, "frozen_below": 0})
+
+
 @st.composite
 def drawn_rows(draw: st.DrawFn, rows: int, part_rows: int | None, *, whole: bool = False) -> Rows:
     """Rows on the tiers, cut every `part_rows`; `whole`: none is left to be recomputed."""
@@ -151,10 +160,10 @@ def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
     saved = draw(st.sampled_from(["device", "host"] if problem.can_save_on_host else ["device"]))
     for index in range(len(problem.layers)):
         kind = problem.kind(index)
-        if draw(st.integers(0, 3)) == 0:
+        if draw(st.integers(0, 3)) == 0 and not problem.reversible:
             layers.append(KEEP)
             continue
-        head = index == problem.frozen_below or layers[-1:] == [KEEP] or draw(st.booleans())
+        head = problem.reversible or index == problem.frozen_below or layers[-1:] == [KEEP] or draw(st.booleans())
         layers.append(
             LayerPlan(
                 x=draw(drawn_rows(problem.rows, 1, whole=True)) if head else None,

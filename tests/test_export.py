@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from farspan.errors import CheckpointError
 from farspan.trainer import export, export_check
 from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.reversible.files import load as load_reversible
 from farspan.trainer.checkpoint import Checkpointer
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, Precision, RandomModel
+from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, Precision, RandomModel, Reversible
 from farspan.trainer.engine import Fragment
 from farspan.trainer.export import ExportReport, export_checkpoint
 from farspan.trainer.export_process import ExportRequest, export_in_process
@@ -311,6 +312,34 @@ def test_merged_export_is_peft_merge_and_unload(tmp_path: Path, which: str) -> N
         assert torch.equal(opened.state_dict()[name], tensor), name
     torch.testing.assert_close(_logits(opened), live_logits)
     assert report.kind == "merged" and "values bit for bit" in report.compared[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "inside", [LoRA(rank=4), FullFineTune(), LoRA(rank=2, dropout=0.1)], ids=["lora", "full", "merged"]
+)
+def test_a_reversible_model_opens_again(
+    tmp_path: Path, inside: Adapter, precision: Precision, request: pytest.FixtureRequest
+) -> None:
+    """With its own loader it is the model that was trained, to the bit; with peft alone, what trains inside."""
+    merged = "merged" in request.node.callspec.id
+    adapter = Reversible(wiring=1, bits=2, width=8, inside=inside, fraction_bits=18)  # type: ignore[arg-type]
+    trained = Trained(tmp_path / "run", adapter=adapter, precision=precision)
+    report = trained.export(tmp_path / "out", merged=merged)
+    assert {"reversible.json", "reversible_adapter.safetensors"} <= set(report.files)
+    assert "streams: a finite forward" in report.compared
+    opened = load_reversible(tmp_path / "out", dtype=trained.dtype, attn_implementation="eager")
+    want = trained.logits()
+    if merged:  # W + B A rounded once, instead of two products added
+        torch.testing.assert_close(_logits(opened), want, rtol=2e-2, atol=2e-2 if precision == "bf16" else 1e-4)
+    else:
+        assert torch.equal(_logits(opened), want)
+    if isinstance(inside, LoRA) and not merged:
+        plain = PeftModel.from_pretrained(_opened(trained.folder.base_model, trained.dtype), tmp_path / "out")
+        assert not torch.equal(_logits(plain), want), "peft knows nothing of the streams"
+    (tmp_path / "out" / "reversible.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no reversible model"):
+        load_reversible(tmp_path / "out")
 
 
 def test_a_bf16_merge_rounds_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from plan_cases import PROBLEMS, SavedProblem, deep, llama_8b, placements, problems
+from plan_cases import PROBLEMS, SavedProblem, coupled, deep, llama_8b, placements, problems
 
 from farspan.errors import DoesNotFit
 from farspan.memory.evaluate import Evaluator, evaluate
@@ -331,11 +331,12 @@ def choices(problem: PlanProblem, layer: int) -> Iterator[LayerPlan]:
     def whole(rows: int) -> list[Rows]:
         return [Rows(), Rows(device=rows), Rows(host=rows), Rows(disk=rows)]
 
-    yield KEEP
+    if not problem.reversible:
+        yield KEEP
+    inputs = [*[None] * (not problem.reversible), *whole(problem.rows)[1:]]
+    outputs = whole(problem.attention_rows) if kind.o_bytes else [Rows()]
     classes = [[(c.name, rows) for rows in whole(problem.rows)] for c in kind.linear]
-    for x, o, *linear in product(
-        [None, *whole(problem.rows)[1:]], whole(problem.attention_rows) if kind.o_bytes else [Rows()], *classes
-    ):
+    for x, o, *linear in product(inputs, outputs, *classes):
         yield LayerPlan(x=x, o=o, linear={name: rows for name, rows in linear if rows.stored})
 
 
@@ -409,6 +410,12 @@ def against_everything(problem: PlanProblem, tightness: int) -> None:
 @given(problems(layers=2, classes=1, blocks=1).map(whole_tensors), st.integers(1, 10))
 @searching(30)
 def test_two_layers_with_a_linear_class_reach_the_optimum(problem: PlanProblem, tightness: int) -> None:
+    against_everything(problem, tightness)
+
+
+@given(problems(layers=2, classes=1, blocks=1).map(whole_tensors).map(coupled), st.integers(1, 10))
+@searching(15)
+def test_reversible_layers_reach_the_optimum(problem: PlanProblem, tightness: int) -> None:
     against_everything(problem, tightness)
 
 

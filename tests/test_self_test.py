@@ -216,7 +216,7 @@ def test_a_layer_that_writes_into_its_input_is_refused_by_the_executor() -> None
 
 
 def test_dropout_that_draws_anew_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor_module, "_random_state", lambda layer, device: None)
+    monkeypatch.setattr(executor_module, "random_state", lambda layer, device: None)
     refused(made(adapter="dropout", placement="recompute"))
     check(made(adapter="lora", placement="recompute"))
 

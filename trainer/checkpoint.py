@@ -36,7 +36,7 @@ from farspan.trainer import checkpoint_format as layout
 from farspan.trainer.checkpoint_format import DamagedCheckpoint, FileEntry, Manifest, ParameterEntry, latest
 from farspan.trainer.checkpoint_ranks import Ranks, checkpoint_group
 from farspan.trainer.checkpoint_state import Piece, StateReader, StateWriter, piece_of, predicted_bytes, require_cover
-from farspan.trainer.config import RandomModel, TrainSpec
+from farspan.trainer.config import Adapter, RandomModel, Reversible, TrainSpec
 from farspan.trainer.engine import STATE_KINDS, Fragment
 from farspan.trainer.export_process import ExportRequest, export_in_process
 from farspan.trainer.run_folder import RunFolder
@@ -334,7 +334,7 @@ class Checkpointer:
         """Rank 0, after all ranks have written: export, manifest, name, retention."""
         started = time.monotonic()
         if self._spec.checkpoint.export:
-            export_in_process(self._export_request(job.folder), timeout_s=self._export_timeout_s)
+            export_in_process(self._export_request(job.folder, job.progress), timeout_s=self._export_timeout_s)
         export_s = time.monotonic() - started
         if job.finalize is not None:
             job.finalize(job.folder)
@@ -376,17 +376,24 @@ class Checkpointer:
             job=self._spec.model_dump(mode="json"),
         )
 
-    def _export_request(self, folder: Path) -> ExportRequest:
+    def _export_request(self, folder: Path, progress: dict[str, Any]) -> ExportRequest:
         spec = self._spec
         return ExportRequest(
             checkpoint_dir=folder,
             out_dir=folder / layout.EXPORT,
             model=spec.model,
-            adapter=spec.adapter,
+            adapter=with_range(spec.adapter, progress),
             base_model_dir=self._folder.base_model if isinstance(spec.model, RandomModel) else None,
             tokenizer_dir=self._tokenizer_dir,
             dtype=spec.precision,
         )
+
+
+def with_range(adapter: Adapter, progress: dict[str, Any]) -> Adapter:
+    """An adapter as it was trained: reversible streams have the range that the run found."""
+    if not isinstance(adapter, Reversible):
+        return adapter
+    return adapter.model_copy(update={"fraction_bits": progress["fraction_bits"]})
 
 
 def _require_same_parameters(path: Path, manifest: Manifest, held: dict[tuple[str, str], tuple[int, ...]]) -> None:

@@ -12,9 +12,10 @@ from pydantic import Field
 
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
-from farspan.schema import Count, Leading, Schema
+from farspan.schema import Count, Leading, Ratio, Schema
+from farspan.trainer.adapters.config import Adapter, FullFineTune, LoRA, Reversible
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = ["Adapter", "FullFineTune", "LoRA", "Reversible"]
 
 
 class Model(Leading):
@@ -46,31 +47,6 @@ class RandomModel(Leading):
     tie_embeddings: bool = False
     rope_theta: float = Field(default=500_000.0, gt=0)
     init_seed: int = 0
-
-
-class LoRA(Schema):
-    """Low-rank adapters in peft's format. Source: Hu et al., LoRA, 2021."""
-
-    type: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
-    """Scale of the adapter is alpha / rank, with `rslora` alpha / sqrt(rank); by default it is 2 either way."""
-    dropout: Ratio = 0.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers that get an adapter, as peft matches them."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole and stored beside the adapter (`lm_head`, `embed_tokens`)."""
-    rslora: bool = False
-    """Scale by sqrt(rank), so that high ranks learn as fast. Source: Kalajdzievski, rsLoRA, 2023."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How A (and, for `orthogonal`, B) start: peft's uniform, normal, or orthogonal halves whose product is zero. None
-    of them changes the base, so that the adapter opens on the base it was made for."""
-
-
-class FullFineTune(Schema):
-    """Train every parameter."""
-
-    type: Literal["full"] = "full"
 
 
 OnTooLong = Literal["error", "truncate", "split", "drop"]
@@ -122,7 +98,6 @@ class ChatData(Leading):
 
 ModelSource = Annotated[Model | RandomModel, Field(discriminator="type")]
 DataSource = Annotated[TextData | ChatData, Field(discriminator="type")]
-Adapter = Annotated[LoRA | FullFineTune, Field(discriminator="type")]
 Precision = Literal["bf16", "fp32"]
 
 

@@ -7,6 +7,7 @@ adapter's are.
 
     full fine-tune    config.json, generation_config.json, safetensors (sharded with an index when large), tokenizer
     LoRA              adapter_config.json, adapter_model.safetensors (with modules_to_save), tokenizer
+    Reversible        one of these, with `reversible.json` and the adapters between the streams beside it
     LoRA, merged      as a full fine-tune: W + scale B A, each matrix computed in fp32 and rounded once. Needs the base
                       model in host memory once, in its own dtype
 
@@ -34,10 +35,12 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export_check
+from farspan.trainer.adapters.reversible import files as reversible
+from farspan.trainer.adapters.reversible.files import is_bottleneck
 from farspan.trainer.checkpoint_format import MANIFEST
 from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, ModelSource, Precision
+from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, ModelSource, Precision, Reversible
 from farspan.trainer.models import DTYPES, add_adapter
 
 SHARD_SIZE = "5GB"
@@ -112,6 +115,7 @@ def export_checkpoint(
             try_="give a folder that does not exist yet",
         )
     base = _base_folder(model, base_model_dir)
+    streams, adapter = (adapter, adapter.inside) if isinstance(adapter, Reversible) else (None, adapter)
     job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify)
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -121,6 +125,8 @@ def export_checkpoint(
             kind, written, compared = "merged", *_export_merged(job, adapter)
         else:
             kind, written, compared = "adapter", *_export_adapter(job, adapter)
+        if streams is not None:
+            written, compared = {**written, **_export_streams(job, streams)}, [*compared, "streams: a finite forward"]
         _copy_tokenizer(_tokenizer_folder(model, base, tokenizer_dir), out_dir)
     except BaseException:
         shutil.rmtree(out_dir, ignore_errors=True)  # what was not compared must not be mistaken for an export
@@ -160,7 +166,7 @@ class _Export:
         return self.state.tensor(name, shape).to(self.dtype)
 
     def require_parameters(self, trainable: Mapping[str, nn.Parameter]) -> None:
-        saved = self.state.parameters()
+        saved = {name: size for name, size in self.state.parameters().items() if not is_bottleneck(name)}
         here = {name: parameter.numel() for name, parameter in trainable.items()}
         different = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
         if different:
@@ -222,6 +228,20 @@ def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, .
     if not job.verify:
         return written, ["nothing: not asked for"]
     return written, export_check.check_adapter(job.out_dir, job.base, saved, dtype=job.dtype)
+
+
+def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, ...]]:
+    """What of a reversible model neither peft nor transformers has; returns names and shapes on disk."""
+    weights: dict[str, Tensor] = {}
+    for name, size in job.state.parameters().items():
+        if is_bottleneck(name):
+            hidden = size // streams.width
+            down = name.endswith(".down.weight")
+            weights[name] = job.trained(name, (streams.width, hidden) if down else (hidden, streams.width))
+    reversible.save(job.out_dir, streams, weights)
+    if job.verify:
+        export_check.check_streams(job.out_dir, job.base, weights, dtype=job.dtype)
+    return {reversible.name_on_disk(name): tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:

@@ -90,6 +90,28 @@ def check_adapter(out_dir: Path, base: Path, saved: Mapping[str, Tensor], *, dty
     return [*done, "values bit for bit in the files", f"forward: not run, {left_out}"]
 
 
+def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
+    """Open a reversible model again, compare its adapters, run it.
+
+    Args:
+        weights: of the adapters between the streams, by their names in the model.
+    """
+    from farspan.trainer.adapters.reversible.files import is_bottleneck, load, name_on_disk
+
+    if _too_large(_base_bytes(base)) is not None:
+        return
+    opened: Any = None
+    if (out_dir / "adapter_config.json").exists():
+        opened = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    model: Any = load(out_dir, base=opened, dtype=dtype, **({} if opened else {"attn_implementation": "eager"}))
+    there = {name_on_disk(name): p for name, p in model.named_parameters() if is_bottleneck(name)}
+    saved = {name_on_disk(name): tensor for name, tensor in weights.items()}
+    if there.keys() != saved.keys():
+        raise _off(out_dir, f"{len(there)} weights between the streams where {len(saved)} were trained")
+    _check_values(out_dir, saved, there.__getitem__, saved.__getitem__)
+    _check_forward(out_dir, model)
+
+
 class _Files:
     """The tensors in a folder's safetensors files, by name."""
 

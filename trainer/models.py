@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from farspan.errors import JobError
 from farspan.memory.config import Tiles
+from farspan.memory.coupling import Coupling
 from farspan.memory.executor import Executor
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
+from farspan.trainer.adapters.config import Adapter, inner
 from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.reversible.apply import couple, decoder_layers
 from farspan.trainer.attention import PackedSequence
-from farspan.trainer.config import FullFineTune, LoRA, Model, Precision, RandomModel, TrainSpec
+from farspan.trainer.config import FullFineTune, LoRA, Model, Precision, RandomModel, Reversible, TrainSpec
 from farspan.trainer.loss import LossHead
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.tiling import tile_mlp
@@ -132,6 +134,8 @@ class CausalLMLoss(nn.Module):
 
     executor: Executor | None = None
     """Carries out the memory plan; None where autograd keeps everything."""
+    coupling: Coupling | None = None
+    """Reversible streams around the layers."""
 
     def __init__(self, model: nn.Module, causal: PreTrainedModel, *, loss_tile: int) -> None:
         super().__init__()
@@ -196,11 +200,22 @@ def _logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
 
 
-def add_adapter(model: PreTrainedModel, adapter: LoRA | FullFineTune, *, seed: int) -> nn.Module:
-    """Freeze the base and add LoRA in peft's form (weights in the base's dtype), or train everything.
+def add_adapter(
+    model: PreTrainedModel, adapter: Adapter, *, seed: int, streams: list[Coupling] | None = None
+) -> nn.Module:
+    """Freeze the base and add an adapter (weights in the base's dtype), or train everything.
 
     Every rank draws the same adapter: the generator is seeded, and restored afterwards.
+
+    Args:
+        streams: receives the coupling of reversible layers.
     """
+    if isinstance(adapter, Reversible):
+        adapted = add_adapter(model, inner(adapter), seed=seed)
+        coupling = couple(decoder_layers(model), adapter, hidden=model.config.get_text_config().hidden_size, seed=seed)
+        if streams is not None:
+            streams.append(coupling)
+        return adapted
     if isinstance(adapter, FullFineTune):
         return model
     from peft import LoraConfig, get_peft_model
@@ -244,7 +259,7 @@ def _linear_names(model: nn.Module) -> list[str]:
 def prepare_model(
     causal: PreTrainedModel,
     *,
-    adapter: LoRA | FullFineTune,
+    adapter: Adapter,
     memory: Tiles,
     seed: int,
     placement: Placement | None = None,
@@ -263,22 +278,24 @@ def prepare_model(
     Returns:
         the module whose forward is the loss, and its trainable parameters by name.
     """
-    model = add_adapter(causal, adapter, seed=seed)
+    streams: list[Coupling] = []
+    model = add_adapter(causal, adapter, seed=seed, streams=streams)
     if memory.mlp_tile != "off":
         tile_mlp(model, memory.mlp_tile)
     executor = None
     if placement is not None and not placement.keeps_everything:
-        executor = Executor(decoder_layers(causal), placement, store, hollow=hollow_layers(causal))
+        executor = Executor(
+            decoder_layers(causal),
+            placement,
+            store,
+            hollow=hollow_layers(causal),
+            coupling=streams[0] if streams else None,
+        )
     module = CausalLMLoss(model, causal, loss_tile=memory.loss_tile)
-    module.executor = executor
+    module.executor, module.coupling = executor, streams[0] if streams else None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     module.train()
     return module, trainable
-
-
-def decoder_layers(causal: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, bottom first: what a plan counts."""
-    return [layer for layer in causal.get_decoder().modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def open_store(spec: TrainSpec, device: torch.device) -> Store | None:

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from farspan.memory.self_test import SelfTest, self_test
+from farspan.memory.coupling import fraction_for
+from farspan.memory.self_test import RebuildDiffers, SelfTest, self_test
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
+from farspan.trainer.batch import Rows
 from farspan.trainer.models import CausalLMLoss
 from farspan.trainer.parallel.mesh import RankGrid
 from farspan.trainer.parallel.ulysses import Ulysses
@@ -28,6 +31,8 @@ def check_rebuilding(
     module: CausalLMLoss, grid: RankGrid, ulysses: Ulysses | None, *, zero: int, seed: int
 ) -> SelfTest | None:
     """Prove that the placement of `module` changes no gradient; None where it rebuilds nothing. Collective.
+
+    Reversible layers that do not come back bit for bit on some rank store their inputs from then on, on all.
 
     Raises:
         RebuildDiffers: it does.
@@ -55,10 +60,58 @@ def check_rebuilding(
                 **{attention.KEYWORD: PackedSequence(lengths, ulysses)},
             )
 
-    result = self_test(executor, run, seed=(seed << 16 ^ grid.rank) & (2**63 - 1), gathered=gathered)
+    key = (seed << 16 ^ grid.rank) & (2**63 - 1)
+    coupling = executor.coupling
+    try:
+        result, problem = self_test(executor, run, seed=key, gathered=gathered), None
+    except RebuildDiffers as differs:
+        if coupling is None or coupling.store == "inputs":
+            raise
+        result, problem = None, differs
+    if coupling is not None and coupling.store == "bits" and _any(problem is not None, grid):
+        coupling.store = "inputs"
+        _log.warning("%s", problem or "another rank's layers do not give the same bits twice")
+        result = self_test(executor, run, seed=key, gathered=gathered)
     if result is not None:
         _log.info("%s", result)
     return result
+
+
+def _any(true: bool, grid: RankGrid) -> bool:
+    """Whether it is so on any rank. Collective."""
+    told = torch.tensor(int(true), device=grid.device)
+    if grid.world_size > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def reversible_range(whole: nn.Module, module: CausalLMLoss, rows: Rows, grid: RankGrid) -> int:
+    """Bits behind the point for reversible streams, from the model's hidden states on some rows, uncoupled. Collective.
+
+    Args:
+        whole: the engine's module, which makes weights whole where they are sharded.
+    """
+    coupling = module.coupling
+    assert coupling is not None
+    largest = torch.zeros((), device=grid.device)
+
+    def look(_layer: nn.Module, _inputs: object, y: torch.Tensor) -> None:
+        largest.copy_(torch.maximum(largest, y.detach().abs().amax().float()))
+
+    hooks = [layer.register_forward_hook(look) for layer in coupling.layers]
+    coupling.on = False
+    whole.eval()
+    try:
+        with torch.no_grad():
+            whole(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
+    finally:
+        whole.train()
+        coupling.on = True
+        for hook in hooks:
+            hook.remove()
+    if grid.world_size > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return fraction_for(float(largest))
 
 
 def documents(rows: int) -> tuple[int, ...]:

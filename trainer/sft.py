@@ -35,7 +35,7 @@ from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.self_test import check_rebuilding
+from farspan.trainer.self_test import check_rebuilding, reversible_range
 from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
@@ -97,6 +97,7 @@ class Trainer:
         self.position: dict[str, Any] = {"step": 0, "next_pack": 0, "tokens_total": 0, "trained_total": 0}
         self.restored: Path | None = None
         self._restore()
+        self._set_range(module)
         self.writer = (
             MetricsWriter(
                 self.folder,
@@ -164,7 +165,7 @@ class Trainer:
         self._require_finite("gradient norm", norm, step, len(packs))
         tokens = sum(pack.tokens for pack in packs)
         first = self.position["next_pack"]
-        self.position = {
+        self.position |= {
             "step": step,
             "next_pack": first + len(packs),
             "tokens_total": self.position["tokens_total"] + tokens,
@@ -285,6 +286,26 @@ class Trainer:
         found = check_rebuilding(module, self.grid, self.ulysses, zero=zero, seed=seed)
         if found is not None and self.grid.rank == 0:
             self.progress.event("self-test", str(found))
+            if module.coupling is not None and module.coupling.store != getattr(self.spec.adapter, "store", None):
+                self.progress.event(
+                    "reversible",
+                    "layers do not give the same bits twice here: they store their inputs, which takes more memory "
+                    "than planned (adapter.store=inputs plans it)",
+                )
+
+    def _set_range(self, module: models.CausalLMLoss) -> None:
+        """Bits behind the point of reversible streams: as in the checkpoint, or from the first pack's hidden states."""
+        coupling = module.coupling
+        if coupling is None:
+            return
+        if (fraction := self.position.get("fraction_bits")) is not None:
+            coupling.fraction = fraction
+        elif getattr(self.spec.adapter, "fraction_bits", None) == "auto":
+            pack = self.stream.pack(self.grid.dp_index)
+            coupling.fraction = reversible_range(self.engine.module, module, self._rows(pack), self.grid)
+        self.position["fraction_bits"] = coupling.fraction
+        if self.grid.rank == 0:
+            self.progress.event("reversible", f"streams have {coupling.fraction} bits behind the point")
 
     def _restore(self) -> None:
         self.progress.phase("restore", planned_s=EXPORT_S)

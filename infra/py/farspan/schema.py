@@ -16,7 +16,7 @@ import re
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _COUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmg])\s*$", re.IGNORECASE)
@@ -62,6 +62,10 @@ if TYPE_CHECKING:  # users write "64GiB" and "256k" where the value is an int: n
 else:
     Bytes = Annotated[int, BeforeValidator(parse_bytes)]
     Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+"""0 to 1."""
 
 
 class Schema(BaseModel):

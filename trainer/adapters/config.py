@@ -1,0 +1,20 @@
+"""What a job may say about adapters: one schema for each, from their folders. Neither torch nor ray."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from farspan.trainer.adapters.full import FullFineTune
+from farspan.trainer.adapters.lora.config import LoRA
+from farspan.trainer.adapters.reversible.config import Inside, Reversible
+
+__all__ = ["Adapter", "FullFineTune", "Inside", "LoRA", "Reversible", "inner"]
+
+Adapter = Annotated[LoRA | FullFineTune | Reversible, Field(discriminator="type")]
+
+
+def inner(adapter: Adapter) -> Inside:
+    """What trains inside the layers."""
+    return adapter.inside if isinstance(adapter, Reversible) else adapter

@@ -1,0 +1,1 @@
+"""Reversible layers, bit-exact, around whatever trains inside them."""

@@ -1,0 +1,94 @@
+"""A reversible model on disk: what peft or transformers open, and two files beside it.
+
+    reversible.json                   wiring, side bits, bits behind the point
+    reversible_adapter.safetensors    bottleneck adapters, if there are any: `<layer>.down.weight`, `<layer>.up.weight`
+
+peft and transformers open such a folder too, and know nothing of the streams: what they run is the model with what was
+trained inside its layers, uncoupled. `load` opens the model that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from farspan.errors import CheckpointError
+from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.reversible.apply import CHILD, couple, decoder_layers
+from farspan.trainer.adapters.reversible.config import Reversible
+
+CONFIG, WEIGHTS = "reversible.json", "reversible_adapter.safetensors"
+
+
+def is_bottleneck(name: str) -> bool:
+    """Whether a parameter, by its name in the model, belongs to an adapter between the streams."""
+    return f".{CHILD}." in name
+
+
+def name_on_disk(name: str) -> str:
+    layer, _, rest = name.partition(f".{CHILD}.")
+    return f"{layer.rpartition('.')[2]}.{rest}"
+
+
+def save(folder: Path, adapter: Reversible, weights: dict[str, Tensor]) -> None:
+    """Write both files. `weights`: by their names in the model."""
+    assert adapter.fraction_bits != "auto", "a trained model has its range"
+    told = {name: getattr(adapter, name) for name in ("wiring", "bits", "fraction_bits", "width")}
+    (folder / CONFIG).write_text(json.dumps({"format": 1, **told}, indent=2) + "\n", encoding="utf-8")
+    if weights:
+        on_disk = {name_on_disk(name): tensor.contiguous() for name, tensor in weights.items()}
+        save_file(on_disk, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "auto", **options: Any) -> nn.Module:
+    """Open an exported reversible model for evaluation and generation.
+
+    Args:
+        folder: an export of a run with `Reversible`.
+        base: the loaded base model, for a folder with an adapter; None: from where the adapter says.
+        dtype, options: for `from_pretrained` (`attn_implementation`, `device_map`, ...).
+
+    Raises:
+        CheckpointError: the folder is no such export.
+    """
+    folder = Path(folder)
+    try:
+        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if told.pop("format") != 1:
+            raise ValueError("written by a later version")
+        adapter = Reversible(**told)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "the folder has no reversible model",
+            at=str(folder / CONFIG),
+            why=str(error).split("\n", maxsplit=1)[0],
+            try_="give the export folder of a run with adapter.type=reversible",
+        ) from error
+    model: Any
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        if base is None:
+            where = PeftConfig.from_pretrained(folder)
+            name = str(where.base_model_name_or_path)
+            base = AutoModelForCausalLM.from_pretrained(name, revision=where.revision, dtype=dtype, **options)
+        model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+        install(model)
+        causal = model.get_base_model()
+    else:
+        causal = model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    layers = decoder_layers(causal)
+    couple(layers, adapter, hidden=causal.config.get_text_config().hidden_size, seed=0)
+    if adapter.width:
+        weights = load_file(folder / WEIGHTS)
+        for index, layer in enumerate(layers):
+            if hasattr(layer, CHILD):
+                own = {n.partition(".")[2]: w for n, w in weights.items() if n.startswith(f"{index}.")}
+                getattr(layer, CHILD).load_state_dict(own)
+    return model.eval()
