@@ -54,6 +54,7 @@ def export(
         tokenizer_dir=TokenStore(Path(spec.tokens_dir)).tokenizer_dir,
         dtype=spec.precision,
         merged=merged,
+        seed=spec.optim.seed,
     )
 
 

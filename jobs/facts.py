@@ -21,7 +21,7 @@ from farspan.errors import ClusterNotReady, JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.shape import LayerForm
-from farspan.trainer.config import Adapter, FullFineTune, Model, RandomModel, Reversible
+from farspan.trainer.config import Adapter, FullFineTune, Model, PaCA, RandomModel, Reversible
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,13 @@ class ModelFacts:
             "down_proj": wide,
         }
 
+    def outputs(self) -> dict[str, int]:
+        """Outputs of each linear layer of one block: what a trained column adds."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        wide = {"gate_proj": self.ffn, "up_proj": self.ffn, "down_proj": self.hidden}
+        attention = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": self.hidden}
+        return {**attention, **{name: width * self.experts for name, width in wide.items()}}
+
     @property
     def parameters(self) -> int:
         """About how many weights, for a gated MLP; norms and biases are left out."""
@@ -104,10 +111,11 @@ class ModelFacts:
             return self.trainable(adapter.inside) + 2 * self.layers * self.hidden * adapter.width
         if isinstance(adapter, FullFineTune):
             return self.parameters
-        linears = self.linears()
+        linears = self.outputs() if isinstance(adapter, PaCA) else self.linears()
         targets = linears if adapter.target_modules == "all-linear" else adapter.target_modules
         per_block = adapter.rank * sum(linears.get(name.split(".")[-1], 0) for name in targets)
-        whole = sum(name.split(".")[-1] in ("lm_head", "embed_tokens") for name in adapter.modules_to_save)
+        saved = () if isinstance(adapter, PaCA) else adapter.modules_to_save
+        whole = sum(name.split(".")[-1] in ("lm_head", "embed_tokens") for name in saved)
         return self.layers * per_block + whole * self.vocab * self.hidden
 
 

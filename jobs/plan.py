@@ -26,7 +26,7 @@ from farspan.memory.profile import Source
 from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import LoRA, Reversible, TrainSpec
+from farspan.trainer.config import LoRA, PaCA, Reversible, TrainSpec
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
 MLP_TILE = 2048
@@ -218,6 +218,10 @@ def shape_of(facts: ModelFacts) -> ModelShape:
 def training_of(train: TrainSpec) -> Training:
     """What of a job the bytes and seconds of a step depend on."""
     adapter, coupling, inside = None, None, inner(train.adapter)
+    if isinstance(inside, PaCA):
+        targets = inside.target_modules
+        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
+        adapter = AdapterShape(kind="columns", rank=inside.rank, targets=named)
     if isinstance(inside, LoRA):
         targets = inside.target_modules
         adapter = AdapterShape(

@@ -96,11 +96,11 @@ def _kind(
     matmul_flop_per_s = hardware.matmul_flop_per_s[training.precision]
     mults = {name: i * o for name, (i, o) in shape.linears().items()}
     matmul_s = 2 * sum(mults.values()) / matmul_flop_per_s
-    adapters_s = _adapters_s(shape, training, hardware)
+    adapters_s, adapters_backward_s = _adapters_s(shape, training, hardware)
     elementwise_s = sizes.forward_traffic / hardware.memory_bytes_per_s + adapters_s
     exchange_s = exchange_amount(shape, training, hardware)
     # towards the input always, towards the weights where they are trained
-    backward_s = matmul_s * (2 if training.trains("layers") else 1) + 2 * adapters_s
+    backward_s = matmul_s * (2 if training.trains("layers") else 1) + adapters_backward_s
     if working_set == "today" and training.mlp_tile is not None:
         backward_s += 2 * sum(m for name, m in mults.items() if name in MLP) / matmul_flop_per_s
     backward_s += sizes.backward_traffic / hardware.memory_bytes_per_s
@@ -189,11 +189,13 @@ def _linear(
     return tuple(found)
 
 
-def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> float:
-    """Forward matmuls of one layer's adapters, per row."""
+def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> tuple[float, float]:
+    """Forward and backward matmuls of one layer's adapters, per row."""
     if training.adapter is None:
-        return 0.0
-    return 2 * training.trained_in_layer(shape) / hardware.matmul_flop_per_s[training.adapter_precision]
+        return 0.0, 0.0
+    inside = training.model_copy(update={"coupling": None})
+    once_s = 2 * inside.trained_in_layer(shape) / hardware.matmul_flop_per_s[training.adapter_precision]
+    return (0.0, once_s) if training.adapter.kind == "columns" else (once_s, 2 * once_s)
 
 
 def exchange_amount(

@@ -129,8 +129,12 @@ class _GivenLinear(torch.autograd.Function):
 
 
 def route_linear(layer: nn.Linear, name: str) -> None:
-    """Send the calls of this linear layer through the active frame, on the instance, as class `name`."""
+    """Send the calls of this linear layer through the active frame, on the instance, as class `name`.
+
+    A layer that is not trained as a plain one has `node_of(x, y)`, which makes its node from an output at hand.
+    """
     whole = layer.forward
+    node_of: Callable[[Tensor, Tensor], Tensor] | None = getattr(layer, "node_of", None)
 
     def forward(x: Tensor) -> Tensor:
         frame = current()
@@ -141,6 +145,8 @@ def route_linear(layer: nn.Linear, name: str) -> None:
             y = frame.given[name]() if name in frame.given else x.new_empty((*x.shape[:-1], layer.out_features))
             if not torch.is_grad_enabled():
                 return y
+            if node_of is not None:
+                return node_of(x, y)
             return _GivenLinear.apply(x, layer.weight, layer.bias, y, layer)
         y = whole(x)
         if name in frame.produced:

@@ -107,6 +107,15 @@ class LayerRun(LayerForward):
         if self.training.adapts(name) and self.training.one_node_adapters:
             self.adapted_backward(name, g, source, keep=keep)
             return
+        adapter = self.training.adapter
+        if self.training.adapts(name) and adapter is not None and adapter.kind == "columns":
+            columns = f"{source} columns"
+            self.need(columns)
+            dx = self.make(f"d {name} in", e * inputs)
+            self.drop(*[g] * (not keep))
+            self.used(columns)
+            self.arrive(source, dx, e * inputs, owns=False)
+            return
         if self.training.adapts(name):
             g = self.adapter_backward(name, g, source, keep=keep)
             keep = keep and not self.adapter_is_wider

@@ -163,6 +163,14 @@ class LayerForward(Ledger):
             return name
         adapter = self.training.adapter
         assert adapter is not None
+        if adapter.kind == "columns":
+            if self.grad:
+                columns = f"{source} columns"
+                if columns not in self.sizes:
+                    self.make(columns, e * adapter.rank, reads=e * adapter.rank)
+                self.keep_for_backward(f"{name} adapter", columns)
+                self.drop(columns)
+            return name
         if self.training.one_node_adapters:
             return self.adapted(name, source)
         if a > e:

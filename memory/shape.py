@@ -95,8 +95,9 @@ class ModelShape(Schema):
 
 
 class AdapterShape(Schema):
-    """Low-rank adapters as peft builds them."""
+    """Low-rank adapters as peft builds them, or columns trained in place (PaCA)."""
 
+    kind: Literal["lora", "columns"] = "lora"
     rank: int = Field(ge=1)
     targets: tuple[str, ...] | None = None
     """Linear layers with an adapter, by the last part of their name; None: all of a decoder layer."""
@@ -157,7 +158,9 @@ class Training(Schema):
     def one_node_adapters(self) -> bool:
         """Whether an adapted linear layer is one autograd node (`trainer.adapters.lora`): not under ZeRO-3, nor with
         adapters of another dtype, as peft by itself makes them."""
-        return self.adapter is not None and self.zero != 3 and self.adapter_precision == self.precision
+        if self.adapter is None or self.adapter.kind != "lora":
+            return False
+        return self.zero != 3 and self.adapter_precision == self.precision
 
     def adapts(self, linear: str) -> bool:
         """Whether the linear layer of this name has an adapter."""
@@ -172,8 +175,9 @@ class Training(Schema):
         beside = 2 * shape.hidden * self.coupling.width if self.coupling is not None else 0
         if self.adapter is None:
             return shape.layer_parameters + beside
-        inside = sum(self.adapter.rank * (i + o) for name, (i, o) in shape.linears().items() if self.adapts(name))
-        return inside + beside
+        adapted = [(i, o) for name, (i, o) in shape.linears().items() if self.adapts(name)]
+        inputs = 0 if self.adapter.kind == "columns" else sum(i for i, _ in adapted)
+        return self.adapter.rank * (inputs + sum(o for _, o in adapted)) + beside
 
     def trained_outside(self, shape: ModelShape) -> tuple[int, int]:
         """Trained weights of the embedding, and of final norm and output projection; a tied matrix counts once."""

@@ -17,7 +17,7 @@ from farspan.memory.tiers import Store
 from farspan.trainer.adapters.config import Adapter
 from farspan.trainer.adapters.reversible.apply import CHILD
 from farspan.trainer.attention import NAME, PackedSequence
-from farspan.trainer.config import FullFineTune, LoRA, Mesh, Optim, RandomModel, Reversible
+from farspan.trainer.config import FullFineTune, Mesh, Optim, RandomModel, Reversible
 from farspan.trainer.engine import make_engine
 from farspan.trainer.models import DTYPES, CausalLMLoss, add_adapter, random_config, zero3
 from farspan.trainer.parallel.mesh import RankGrid, form_groups
@@ -155,7 +155,7 @@ def _compare(
     *,
     family: str,
     precision: str,
-    lora: bool,
+    adapter: Adapter | None,
     mesh: tuple[int, int],
     zero: int,
     lengths: list[int],
@@ -163,7 +163,6 @@ def _compare(
     **more: Any,
 ) -> list[str]:
     grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
-    adapter = LoRA(rank=4) if lora else None
     runs = [_step(grid, family, precision, adapter, zero, lengths, p, **more) for p in (None, *placements)]
     return [f"{index}: {name}" for index, run in enumerate(runs[1:]) for name in differing(run, runs[0])]
 

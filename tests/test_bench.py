@@ -57,3 +57,24 @@ def test_lora_beside_peft(tmp_path: Path) -> None:
         stored = {system: one["stored_bytes_per_row"] for system, one in found.items()}
         assert stored["Farspan"] <= stored["peft, adapters in bf16"] < stored["peft, its default"], key
     assert "| 0.05, 300 | Farspan |" in out.with_suffix(".md").read_text()
+
+
+def test_reversible_layers_beside_checkpointing(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
+    out = tmp_path / "reversible.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "farspan.jobs", "bench", "reversible", "--toy", "--out", str(out)],
+        env={**environment, "FARSPAN_CACHE": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())
+    assert {*cells} == {"depth/2", "depth/4", "start"}
+    by_layer = {
+        system: cells["depth/4"][system]["kept_bytes_per_row"] - cells["depth/2"][system]["kept_bytes_per_row"]
+        for system in cells["depth/4"]
+        if isinstance(cells["depth/4"][system], dict)
+    }
+    assert by_layer["LoRA, reversible, wiring 1"] == 2 * 64 * 3 / 8  # two layers of 64 elements, 3 bits each
+    assert by_layer["LoRA, reversible, wiring 3"] == 2 * by_layer["LoRA, reversible, wiring 1"]
+    assert by_layer["LoRA, every layer checkpointed"] >= 2 * 64 * 2
+    assert "| 3 |" in out.with_suffix(".md").read_text()

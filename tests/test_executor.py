@@ -19,14 +19,19 @@ from farspan.memory import executor as executor_module
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
-from farspan.trainer.config import FullFineTune, LoRA
+from farspan.trainer.config import FullFineTune, LoRA, PaCA
 from farspan.trainer.models import hollow_layers
 from farspan.trainer.tiling import tile_mlp
 
 pytestmark = pytest.mark.timeout(400)
 
 S = 900
-ADAPTERS = {"full": FullFineTune(), "lora": LoRA(rank=4), "dropout": LoRA(rank=4, dropout=0.2)}
+ADAPTERS = {
+    "full": FullFineTune(),
+    "lora": LoRA(rank=4),
+    "dropout": LoRA(rank=4, dropout=0.2),
+    "paca": PaCA(rank=4),
+}
 _kept: dict[Any, dict[str, torch.Tensor]] = {}
 
 
@@ -266,14 +271,15 @@ def test_what_would_be_silently_wrong_is_refused() -> None:
 
 
 CASES = [
-    {"family": family, "precision": precision, "lora": lora, "mesh": (1, 2), "zero": zero, "lengths": lengths}
-    for family, precision, lora, zero, lengths in [
-        ("llama", "fp32", False, 0, [900]),
-        ("qwen3", "bf16", True, 0, [500, 200, 200]),
-        ("llama", "bf16", False, 3, [500, 200, 200]),
-        ("qwen3", "fp32", True, 3, [900]),
+    {"family": family, "precision": precision, "adapter": adapter, "mesh": (1, 2), "zero": zero, "lengths": lengths}
+    for family, precision, adapter, zero, lengths in [
+        ("llama", "fp32", None, 0, [900]),
+        ("qwen3", "bf16", LoRA(rank=4), 0, [500, 200, 200]),
+        ("llama", "bf16", None, 3, [500, 200, 200]),
+        ("qwen3", "fp32", LoRA(rank=4), 3, [900]),
+        ("llama", "bf16", PaCA(rank=4), 3, [500, 400]),
     ]
-] + [{"family": "llama", "precision": "bf16", "lora": True, "mesh": (2, 1), "zero": 2, "lengths": [450]}]
+] + [{"family": "llama", "precision": "bf16", "adapter": LoRA(rank=4), "mesh": (2, 1), "zero": 2, "lengths": [450]}]
 
 
 def test_ranks_and_zero_stages() -> None:

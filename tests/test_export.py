@@ -20,9 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from farspan.errors import CheckpointError
 from farspan.trainer import export, export_check
 from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.paca.apply import COLUMNS, add_columns
+from farspan.trainer.adapters.paca.files import load as load_columns
 from farspan.trainer.adapters.reversible.files import load as load_reversible
 from farspan.trainer.checkpoint import Checkpointer
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, Precision, RandomModel, Reversible
+from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, PaCA, Precision, RandomModel, Reversible
 from farspan.trainer.engine import Fragment
 from farspan.trainer.export import ExportReport, export_checkpoint
 from farspan.trainer.export_process import ExportRequest, export_in_process
@@ -144,6 +146,40 @@ def _same_files(ours: Path, theirs: Path) -> None:
         assert a.keys() == b.keys()
         for key in b:
             assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trained_columns_open_again(tmp_path: Path, precision: Precision) -> None:
+    """As a file of indices and columns, and written into the base for everybody else: the same logits, to the bit."""
+    trained = Trained(tmp_path / "run", adapter=PaCA(rank=4), precision=precision)
+    want = trained.logits()
+    report = trained.export(tmp_path / "out")
+    assert {"paca.json", "paca.safetensors"} <= set(report.files) and "a finite forward" in report.compared
+    assert report.size_bytes < 60_000
+    opened = load_columns(tmp_path / "out", dtype=trained.dtype, attn_implementation="eager")
+    assert torch.equal(_logits(opened), want)
+    assert trained.export(tmp_path / "merged", merged=True).kind == "merged"
+    assert torch.equal(_logits(_opened(tmp_path / "merged", trained.dtype)), want)
+    assert not torch.equal(_logits(_opened(trained.folder.base_model, trained.dtype)), want)
+    other = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    )
+    with pytest.raises(CheckpointError, match="no trained columns for this model"):
+        load_columns(tmp_path / "out", base=other)
+
+
+def test_columns_that_are_the_base_are_refused(tmp_path: Path) -> None:
+    def undo(masters: dict[str, torch.Tensor]) -> None:
+        for name, columns in masters.items():
+            layer = untouched.get_submodule(name.removesuffix(f".{COLUMNS}"))
+            columns.copy_(layer.weight.detach()[:, chosen[name.removesuffix(f".{COLUMNS}")]])
+
+    base = Trained(tmp_path / "first", adapter=FullFineTune())
+    untouched = _opened(base.folder.base_model, torch.float32)
+    chosen = add_columns(_opened(base.folder.base_model, torch.float32), PaCA(rank=4), seed=0)
+    trained = Trained(tmp_path / "run", adapter=PaCA(rank=4), change=undo)
+    with pytest.raises(CheckpointError, match="exported is not what was saved"):
+        trained.export(tmp_path / "out")
 
 
 # --- full fine-tuning ----------------------------------------------------------------------------------------------
@@ -316,7 +352,9 @@ def test_merged_export_is_peft_merge_and_unload(tmp_path: Path, which: str) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "inside", [LoRA(rank=4), FullFineTune(), LoRA(rank=2, dropout=0.1)], ids=["lora", "full", "merged"]
+    "inside",
+    [LoRA(rank=4), FullFineTune(), PaCA(rank=4), LoRA(rank=2, dropout=0.1)],
+    ids=["lora", "full", "paca", "merged"],
 )
 def test_a_reversible_model_opens_again(
     tmp_path: Path, inside: Adapter, precision: Precision, request: pytest.FixtureRequest

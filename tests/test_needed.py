@@ -13,7 +13,7 @@ from torch import Tensor
 from farspan.memory.needed import SavedTensors, saved_tensors
 from farspan.memory.single_layers import calls_of
 from farspan.trainer.attention import PackedSequence
-from farspan.trainer.config import LoRA
+from farspan.trainer.config import LoRA, PaCA
 from farspan.trainer.tiling import tile_mlp
 
 LENGTHS = [100, 156]
@@ -25,6 +25,7 @@ ADAPTERS = {
     "fp32 lora": LoRA(rank=RANK),
     "attention only": LoRA(rank=RANK, target_modules=("q_proj", "v_proj")),
     "dropout": LoRA(rank=RANK, dropout=0.1),
+    "paca": PaCA(rank=RANK),
 }
 
 
@@ -53,6 +54,8 @@ def by_hand(family: str, width: int, adapter: str) -> int:
         return norms + attention + heads + mlp + inputs + weights
     if adapter == "lora":
         return norms + attention + heads + mlp + inputs + 7 * width * RANK
+    if adapter == "paca":  # q, k and v share a slice, so do gate and up; o and down have their own
+        return norms + attention + heads + mlp + 4 * width * RANK
     assert adapter == "attention only"
     return norms + attention + heads + mlp + width * C + 2 * width * RANK
 

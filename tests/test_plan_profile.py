@@ -34,7 +34,8 @@ from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
 from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
 from farspan.trainer.adapters.lora.apply import install
-from farspan.trainer.config import Optim
+from farspan.trainer.adapters.paca.apply import add_columns
+from farspan.trainer.config import Optim, PaCA
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
 from farspan.trainer.tiling import tile_mlp
@@ -47,6 +48,7 @@ SMALL = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 64, 
 UNIT = 512 * 2
 """Bytes of a row of x there; 8 KiB at the width of the 8B model."""
 LORA = AdapterShape(rank=8)
+COLUMNS = AdapterShape(kind="columns", rank=8)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"qk_norm": "head"},
@@ -130,7 +132,9 @@ def decoder_layer(family: str, precision: str, adapter: AdapterShape | None, til
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if adapter is not None:
+    if adapter is not None and adapter.kind == "columns":
+        add_columns(model, PaCA(rank=adapter.rank), seed=0)
+    elif adapter is not None:
         from peft import LoraConfig, get_peft_model
 
         share = 0.1 if adapter.dropout else 0.0
@@ -162,6 +166,10 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("llama", "bf16", AdapterShape(rank=8, dropout=True), None),
         ("llama", "fp32", AdapterShape(rank=8, dropout=True), None),
         ("phi3", "bf16", LORA, None),
+        ("llama", "bf16", COLUMNS, None),
+        ("qwen3", "fp32", COLUMNS, 256),
+        ("olmo2", "bf16", COLUMNS, None),
+        ("phi3", "fp32", COLUMNS, None),
         ("llama", "bf16", LORA, 256),
         ("olmo2", "bf16", None, None),
         ("phi3", "bf16", None, None),
@@ -397,6 +405,9 @@ shapes = st.builds(
 )
 
 
+OTHERS = {"name", "linear", "attention_growth", "on_host", "saved"}
+
+
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, training=trainings, working_set=st.sampled_from(["today", "tiled"]), data=st.data())
 def test_more_rows_cost_more(shape: ModelShape, training: Training, working_set: Any, data: st.DataObject) -> None:
@@ -407,7 +418,7 @@ def test_more_rows_cost_more(shape: ModelShape, training: Training, working_set:
     assert low.states == high.states
     parts = [[*p.kinds, p.head, *(k.on_host for k in p.kinds if k.on_host is not None)] for p in (low, high)]
     for below, above in zip(*parts):
-        for name, value in below.model_dump(exclude={"name", "linear", "attention_growth", "on_host", "saved"}).items():
+        for name, value in below.model_dump(exclude=OTHERS, exclude_none=True).items():
             # beyond keep_bytes a peak may fall: with few rows a late moment, when most of them are gone, is the highest
             base = "keep_bytes" if name in ("keep_forward_peak_bytes", "keep_backward_peak_bytes") else None
             fewer, greater = (getattr(part, base) if base else 0 for part in (below, above))

@@ -265,7 +265,13 @@ def test_scaled_placements_keep_their_segments() -> None:
 def _case(family: str, precision: str, lora: bool, mesh: tuple[int, int], zero: int, tile: int | None) -> Any:
     rows, S = 900 // mesh[1], 900
     made = [segments(2, 0.5, rows, attention_rows=S, between="xo" if lora else "o")]
-    case = {"family": family, "precision": precision, "lora": lora, "mesh": mesh, "zero": zero}
+    case = {
+        "family": family,
+        "precision": precision,
+        "adapter": LoRA(rank=4) if lora else None,
+        "mesh": mesh,
+        "zero": zero,
+    }
     return {**case, "tile": tile, "placements": made, "lengths": [500, 400], "self_test": True}
 
 

@@ -386,6 +386,7 @@ class Checkpointer:
             base_model_dir=self._folder.base_model if isinstance(spec.model, RandomModel) else None,
             tokenizer_dir=self._tokenizer_dir,
             dtype=spec.precision,
+            seed=spec.optim.seed,
         )
 
 

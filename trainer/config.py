@@ -13,9 +13,9 @@ from pydantic import Field
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Ratio, Schema
-from farspan.trainer.adapters.config import Adapter, FullFineTune, LoRA, Reversible
+from farspan.trainer.adapters.config import Adapter, FullFineTune, LoRA, PaCA, Reversible
 
-__all__ = ["Adapter", "FullFineTune", "LoRA", "Reversible"]
+__all__ = ["Adapter", "FullFineTune", "LoRA", "PaCA", "Reversible"]
 
 
 class Model(Leading):

@@ -7,6 +7,7 @@ adapter's are.
 
     full fine-tune    config.json, generation_config.json, safetensors (sharded with an index when large), tokenizer
     LoRA              adapter_config.json, adapter_model.safetensors (with modules_to_save), tokenizer
+    PaCA              paca.json, paca.safetensors (indices and columns), tokenizer; merged, as a full fine-tune
     Reversible        one of these, with `reversible.json` and the adapters between the streams beside it
     LoRA, merged      as a full fine-tune: W + scale B A, each matrix computed in fp32 and rounded once. Needs the base
                       model in host memory once, in its own dtype
@@ -35,12 +36,14 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export_check
+from farspan.trainer.adapters.paca import files as paca
+from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
 from farspan.trainer.adapters.reversible import files as reversible
 from farspan.trainer.adapters.reversible.files import is_bottleneck
 from farspan.trainer.checkpoint_format import MANIFEST
 from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, ModelSource, Precision, Reversible
+from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, ModelSource, PaCA, Precision, Reversible
 from farspan.trainer.models import DTYPES, add_adapter
 
 SHARD_SIZE = "5GB"
@@ -85,6 +88,7 @@ def export_checkpoint(
     dtype: Precision = "bf16",
     merged: bool = False,
     verify: bool = True,
+    seed: int = 0,
 ) -> ExportReport:
     """Write a HF or PEFT folder from a checkpoint.
 
@@ -100,6 +104,7 @@ def export_checkpoint(
         dtype: of the written weights.
         merged: fold LoRA into the base's weights. A full fine-tune is whole already.
         verify: reopen and compare.
+        seed: the run's, from which columns to train were drawn.
 
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another model, or what was written is not what was saved.
@@ -116,11 +121,14 @@ def export_checkpoint(
         )
     base = _base_folder(model, base_model_dir)
     streams, adapter = (adapter, adapter.inside) if isinstance(adapter, Reversible) else (None, adapter)
-    job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify)
+    job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed)
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
         if isinstance(adapter, FullFineTune):
             kind, written, compared = "full", *_export_full(job)
+        elif isinstance(adapter, PaCA):
+            export = _export_merged_columns if merged else _export_columns
+            kind, written, compared = "merged" if merged else "adapter", *export(job, adapter)
         elif merged:
             kind, written, compared = "merged", *_export_merged(job, adapter)
         else:
@@ -155,6 +163,7 @@ class _Export:
     adapter: Adapter
     dtype: torch.dtype
     verify: bool
+    seed: int
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights: names, shapes, tied weights."""
@@ -228,6 +237,48 @@ def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, .
     if not job.verify:
         return written, ["nothing: not asked for"]
     return written, export_check.check_adapter(job.out_dir, job.base, saved, dtype=job.dtype)
+
+
+def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    with torch.device("meta"):
+        skeleton = job.skeleton()
+        indices = add_columns(skeleton, adapter, seed=job.seed)
+    job.require_parameters({name: p for name, p in skeleton.named_parameters() if p.requires_grad})
+    tensors: dict[str, Tensor] = {}
+    for name, chosen in indices.items():
+        shape = tuple(skeleton.get_submodule(name).get_parameter(COLUMNS).shape)
+        tensors |= {f"{name}.columns": job.trained(f"{name}.{COLUMNS}", shape), f"{name}.indices": chosen}
+    hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
+    base, revision = (hub.id, hub.revision) if hub else (str(job.base.resolve()), None)
+    paca.save(job.out_dir, rank=adapter.rank, base=base, revision=revision, tensors=tensors)
+    written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_columns(job.out_dir, job.base, tensors, dtype=job.dtype)
+
+
+def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        job.base, dtype=job.dtype, attn_implementation="eager"
+    )
+    names = add_columns(whole, adapter, seed=job.seed)
+    trainable = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+    job.require_parameters(trainable)
+    for name in names:
+        layer: Any = whole.get_submodule(name)
+        parameter = layer.get_parameter(COLUMNS)
+        parameter.data.copy_(job.trained(f"{name}.{COLUMNS}", tuple(parameter.shape)))
+        write_back(layer)
+        for own in (COLUMNS, INDICES):
+            delattr(layer, own)
+    saved = remove_tied_weights_from_state_dict(dict(whole.state_dict()), whole)
+    _write_config(job, whole)
+    written = write_shards(job.out_dir, whole, saved, saved.__getitem__)
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_model(job.out_dir, written, saved.keys(), saved.__getitem__, dtype=job.dtype)
 
 
 def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, ...]]:

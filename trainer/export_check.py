@@ -90,6 +90,30 @@ def check_adapter(out_dir: Path, base: Path, saved: Mapping[str, Tensor], *, dty
     return [*done, "values bit for bit in the files", f"forward: not run, {left_out}"]
 
 
+def check_columns(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> list[str]:
+    """Check a folder with trained columns; see `check_model`. `tensors`: columns and indices by their name on disk."""
+    from farspan.trainer.adapters.paca.files import load
+
+    with _Files(out_dir) as files:
+        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
+    done = [f"{len(tensors)} tensors bit for bit in the file"]
+    left_out = _too_large(_base_bytes(base))
+    if left_out is not None:
+        return [*done, f"forward: not run, {left_out}"]
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    names = [name.removesuffix(".columns") for name in tensors if name.endswith(".columns")]
+    before = {name: whole.get_submodule(name).weight.detach()[:, tensors[f"{name}.indices"]] for name in names}
+    model: Any = load(out_dir, base=whole)
+    after = {name: model.get_submodule(name).weight.detach()[:, tensors[f"{name}.indices"]] for name in names}
+    _check_values(out_dir, names, after.__getitem__, lambda name: tensors[f"{name}.columns"])
+    if not any(not torch.equal(after[name], before[name]) for name in names):
+        raise _off(
+            out_dir, "every column is the base's, so the adapter changes nothing: it was not trained or not saved"
+        )
+    _check_forward(out_dir, model)
+    return [*done, "columns that are not the base's", "a finite forward"]
+
+
 def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
     """Open a reversible model again, compare its adapters, run it.
 
@@ -101,7 +125,7 @@ def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, d
     if _too_large(_base_bytes(base)) is not None:
         return
     opened: Any = None
-    if (out_dir / "adapter_config.json").exists():
+    if any((out_dir / name).exists() for name in ("adapter_config.json", "paca.json")):
         opened = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
     model: Any = load(out_dir, base=opened, dtype=dtype, **({} if opened else {"attn_implementation": "eager"}))
     there = {name_on_disk(name): p for name, p in model.named_parameters() if is_bottleneck(name)}

@@ -35,6 +35,7 @@ class ExportRequest(Schema):
     dtype: Precision
     merged: bool = False
     verify: bool = True
+    seed: int = 0
 
 
 def export_in_process(request: ExportRequest, *, timeout_s: float) -> dict[str, Any]:

@@ -25,10 +25,13 @@ from farspan.memory.executor import Executor
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
+from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
-from farspan.trainer.adapters.reversible.apply import couple, decoder_layers
+from farspan.trainer.adapters.paca.apply import add_columns
+from farspan.trainer.adapters.reversible.apply import couple
+from farspan.trainer.adapters.targets import no_such_target
 from farspan.trainer.attention import PackedSequence
-from farspan.trainer.config import FullFineTune, LoRA, Model, Precision, RandomModel, Reversible, TrainSpec
+from farspan.trainer.config import FullFineTune, LoRA, Model, PaCA, Precision, RandomModel, Reversible, TrainSpec
 from farspan.trainer.loss import LossHead
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.tiling import tile_mlp
@@ -218,6 +221,9 @@ def add_adapter(
         return adapted
     if isinstance(adapter, FullFineTune):
         return model
+    if isinstance(adapter, PaCA):
+        add_columns(model, adapter, seed=seed)
+        return model
     from peft import LoraConfig, get_peft_model
 
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
@@ -236,12 +242,7 @@ def add_adapter(
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
-            raise JobError(
-                "the adapter does not match the model",
-                at="adapter.target_modules",
-                why=str(error).split("\n", maxsplit=1)[0],
-                try_=f"name linear layers of this model, for example {', '.join(_linear_names(model))}",
-            ) from error
+            raise no_such_target(model, str(error).split("\n", maxsplit=1)[0]) from error
     install(adapted)
     return adapted
 
@@ -249,11 +250,6 @@ def add_adapter(
 def _divisor(adapter: LoRA) -> float:
     """What the scale of an adapter divides alpha by."""
     return math.sqrt(adapter.rank) if adapter.rslora else adapter.rank
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(names - {"lm_head"})
 
 
 def prepare_model(

@@ -5,12 +5,9 @@ Bottleneck adapters become children of their layers, so that they are found, sav
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from farspan.errors import JobError
 from farspan.memory.coupling import Coupling
@@ -18,11 +15,6 @@ from farspan.trainer.adapters.config import Reversible
 
 CHILD = "reversible_adapter"
 """Name of a layer's bottleneck adapter."""
-
-
-def decoder_layers(causal: Any) -> list[nn.Module]:
-    """The decoder layers of a causal language model, bottom first."""
-    return [layer for layer in causal.get_decoder().modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 class Bottleneck(nn.Module):

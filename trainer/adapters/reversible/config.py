@@ -9,8 +9,9 @@ from pydantic import Field
 from farspan.schema import Schema
 from farspan.trainer.adapters.full import FullFineTune
 from farspan.trainer.adapters.lora.config import LoRA
+from farspan.trainer.adapters.paca.config import PaCA
 
-Inside = Annotated[LoRA | FullFineTune, Field(discriminator="type")]
+Inside = Annotated[LoRA | FullFineTune | PaCA, Field(discriminator="type")]
 
 
 class Reversible(Schema):

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from farspan.errors import CheckpointError
+from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
-from farspan.trainer.adapters.reversible.apply import CHILD, couple, decoder_layers
+from farspan.trainer.adapters.paca import files as paca
+from farspan.trainer.adapters.reversible.apply import CHILD, couple
 from farspan.trainer.adapters.reversible.config import Reversible
 
 CONFIG, WEIGHTS = "reversible.json", "reversible_adapter.safetensors"
@@ -71,7 +73,10 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
             try_="give the export folder of a run with adapter.type=reversible",
         ) from error
     model: Any
-    if (folder / "adapter_config.json").exists():
+    causal: Any
+    if (folder / paca.CONFIG).exists():
+        causal = model = paca.load(folder, base=base, dtype=dtype, **options)
+    elif (folder / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 
         if base is None:

@@ -1,0 +1,100 @@
+"""NormalFloat: codes at the quantiles of a normal distribution, with a scale for each block of elements.
+
+Source: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314. A block's scale is its largest magnitude; these
+scales are quantized themselves (double quantization): their mean is taken off, and blocks of them are stored in 8 bits
+of a table whose steps grow with the magnitude. Layout and tables of 4 bits are those of bitsandbytes, byte for byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+OFFSET = 0.9677083
+"""The outermost quantile, so that 4 bits have no code at infinity."""
+SCALES_BLOCK = 256
+"""Scales that share a scale."""
+
+
+@lru_cache(maxsize=8)
+def normal_float_table(bits: int) -> Tensor:
+    """The 2^bits values, ascending, from -1 to 1 with an exact zero. fp32."""
+    positive, negative = 2 ** (bits - 1), 2 ** (bits - 1) - 1
+    above = torch.special.ndtri(torch.linspace(OFFSET, 0.5, positive + 1, dtype=torch.float64))[:-1]
+    below = -torch.special.ndtri(torch.linspace(OFFSET, 0.5, negative + 1, dtype=torch.float64))[:-1]
+    values = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    return (values / values.max()).float()
+
+
+@lru_cache(maxsize=1)
+def dynamic_table() -> Tensor:
+    """The 256 values of bitsandbytes' signed dynamic 8-bit type, ascending. fp32."""
+    values: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """Index of the table's value next to each element. uint8."""
+    table = table.to(x.device)
+    return torch.bucketize(x, (table[:-1] + table[1:]) / 2).to(torch.uint8)
+
+
+@dataclass
+class NormalFloat4:
+    """A matrix in 4 bits.
+
+    Attributes:
+        packed: uint8 [n / 2], the first of two elements in the high half.
+        scales: fp32 [n / block], or uint8 codes of them if doubly quantized.
+        scales_scale: fp32 [blocks / 256]; None: scales are as they are.
+        mean: fp32 [], taken off the scales.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    scales_scale: Tensor | None
+    mean: Tensor | None
+    block: int
+
+    def scale_of_blocks(self) -> Tensor:
+        """fp32 [n / block]."""
+        if self.scales_scale is None or self.mean is None:
+            return self.scales
+        values = dynamic_table().to(self.scales.device)[self.scales.long()]
+        return values * self.scales_scale.repeat_interleave(SCALES_BLOCK)[: values.numel()] + self.mean
+
+    def values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The matrix, rounded to `dtype`."""
+        table = normal_float_table(4).to(self.packed.device)
+        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], -1)  # of each byte
+        blocks = pairs[self.packed.int()].view(-1, self.block)
+        return (blocks * self.scale_of_blocks()[:, None]).to(dtype).view(shape)
+
+
+def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True) -> NormalFloat4:
+    """Round a matrix to 4 bits.
+
+    Args:
+        weight: floating point, its number of elements a multiple of `block`.
+        block: elements that share a scale.
+        double: whether scales are quantized too.
+    """
+    blocks = weight.detach().float().reshape(-1, block)
+    scales = blocks.abs().amax(1)
+    codes = nearest(blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None], normal_float_table(4))
+    codes = codes.view(-1, 2)
+    packed = (codes[:, 0] << 4) | codes[:, 1]
+    if not double:
+        return NormalFloat4(packed, scales, None, None, block)
+    mean = scales.mean()
+    centred = torch.nn.functional.pad(scales - mean, (0, -scales.numel() % SCALES_BLOCK)).view(-1, SCALES_BLOCK)
+    largest = centred.abs().amax(1)
+    of_scales = nearest(centred / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None], dynamic_table())
+    return NormalFloat4(packed, of_scales.view(-1)[: scales.numel()].contiguous(), largest, mean, block)

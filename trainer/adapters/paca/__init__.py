@@ -1,0 +1,1 @@
+"""PaCA: some columns of the pretrained matrices, trained in place."""

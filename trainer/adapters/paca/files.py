@@ -1,0 +1,78 @@
+"""Trained columns on disk: a few megabytes beside the base they belong to.
+
+    paca.json            rank, and the base model
+    paca.safetensors     `<linear layer>.columns` [outputs, rank] and `<linear layer>.indices` int64 [rank]
+
+No other library has a format for them. Written into the base they cost nothing more to run: `farspan export --merged`
+makes a plain model of it that everybody opens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from farspan.errors import CheckpointError
+
+CONFIG, WEIGHTS = "paca.json", "paca.safetensors"
+
+
+def save(folder: Path, *, rank: int, base: str, revision: str | None, tensors: dict[str, Tensor]) -> None:
+    """Write both files; `tensors` by their names on disk."""
+    told = {"format": 1, "rank": rank, "base_model": base, "revision": revision}
+    (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    save_file(
+        {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+
+
+def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "auto", **options: Any) -> nn.Module:
+    """The base model with the trained columns written into it.
+
+    Args:
+        folder: an export of a run with `PaCA`.
+        base: the loaded base model, changed in place; None: from where the folder says.
+        dtype, options: for `from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder is no such export, or belongs to another model.
+    """
+    folder = Path(folder)
+    try:
+        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if told["format"] != 1:
+            raise ValueError("written by a later version")
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError) as error:
+        raise _wrong(folder, str(error).split("\n", maxsplit=1)[0]) from error
+    if base is None:
+        base = AutoModelForCausalLM.from_pretrained(
+            told["base_model"], revision=told["revision"], dtype=dtype, **options
+        )
+    for name, columns in tensors.items():
+        layer_name, _, what = name.rpartition(".")
+        if what != "columns":
+            continue
+        try:
+            weight = base.get_submodule(layer_name).weight
+            weight.data.index_copy_(1, tensors[f"{layer_name}.indices"], columns.to(weight.dtype))
+        except (AttributeError, IndexError, KeyError, RuntimeError) as error:
+            raise _wrong(folder, f"{layer_name} of this model: {str(error).split(chr(10), maxsplit=1)[0]}") from error
+    return base.eval()
+
+
+def _wrong(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        "the folder has no trained columns for this model",
+        at=str(folder),
+        why=why,
+        try_="give the export folder of a run with adapter.type=paca, and the base it was trained on",
+    )
