@@ -87,6 +87,7 @@ def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str)
         {
             "model": train.model,
             "adapter": inner(train.adapter),
+            "base": train.base,
             "precision": train.precision,
             "memory": {**train.memory.model_dump(), "mlp_tile": tile or "off"},
             "context": train.data.context,

@@ -12,6 +12,7 @@ from farspan.memory.config import MemoryBudget
 from farspan.schema import Schema
 from farspan.trainer.config import (
     Adapter,
+    Base,
     Checkpoint,
     DataSource,
     Evaluate,
@@ -21,6 +22,7 @@ from farspan.trainer.config import (
     Parallel,
     Precision,
     Track,
+    Unquantized,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class SFTJob(Schema):
     model: ModelSource
     data: DataSource
     adapter: Adapter = FullFineTune()
+    base: Base = Unquantized()
+    """How the pretrained weights are stored while an adapter trains."""
     precision: Precision = "bf16"
     """Dtype of weights and activations; masters and moments are always fp32."""
     parallel: Parallel = Parallel()

@@ -55,6 +55,7 @@ def export(
         dtype=spec.precision,
         merged=merged,
         seed=spec.optim.seed,
+        stored=spec.base,
     )
 
 

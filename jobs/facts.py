@@ -64,6 +64,9 @@ class ModelFacts:
     dense_layers: tuple[int, ...] = ()
     """Layers of a mixture of experts that have a plain MLP instead."""
 
+    stored_as: str | None = None
+    """`nf4` and the like where the checkpoint is quantized."""
+
     @property
     def must_be_measured(self) -> bool:
         """Whether there are layers without an analytic profile."""
@@ -99,11 +102,15 @@ class ModelFacts:
         return {**attention, **{name: width * self.experts for name, width in wide.items()}}
 
     @property
+    def layer_weights(self) -> int:
+        """About how many weights of linear layers one block has."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2 * self.hidden * (query + key) + 3 * self.hidden * self.ffn * self.experts
+
+    @property
     def parameters(self) -> int:
         """About how many weights, for a gated MLP; norms and biases are left out."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        block = 2 * self.hidden * (query + key) + 3 * self.hidden * self.ffn * self.experts
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * block
+        return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * self.layer_weights
 
     def trainable(self, adapter: Adapter) -> int:
         """About how many weights are trained."""
@@ -235,6 +242,22 @@ def _from_config(config: dict[str, Any], name: str) -> ModelFacts:
         windows=_windows(config, int(found["layers"] or 0)),
         linear_layers=tuple(i for i, kind in enumerate(config.get("layer_types") or ()) if kind == "linear_attention"),
         dense_layers=_dense_layers(config, int(found["layers"] or 0)) if experts > 1 else (),
+        stored_as=_stored_as(config, name),
+    )
+
+
+def _stored_as(config: dict[str, Any], name: str) -> str | None:
+    """Of quantized checkpoints those of bitsandbytes in nf4 are known."""
+    told = config.get("quantization_config")
+    if not told:
+        return None
+    if told.get("load_in_4bit") and told.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4, double" if told.get("bnb_4bit_use_double_quant") else "nf4"
+    raise JobError(
+        f"{name} is quantized in a way that is not known here",
+        at="model.id",
+        why=f"quant_method {told.get('quant_method')!r}; known is bitsandbytes' nf4",
+        try_="give the checkpoint in 16 bits and --set base=nf4 or base=int8",
     )
 
 

@@ -23,10 +23,10 @@ from farspan.memory.policies import FixedPolicy, fixed_policy
 from farspan.memory.prediction import Prediction
 from farspan.memory.problem import Budgets, PlanProblem
 from farspan.memory.profile import Source
-from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, Training
+from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, StoredAs, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import LoRA, PaCA, Reversible, TrainSpec
+from farspan.trainer.config import LoRA, PaCA, Reversible, TrainSpec, Unquantized
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
 MLP_TILE = 2048
@@ -238,6 +238,7 @@ def training_of(train: TrainSpec) -> Training:
         precision=train.precision,
         adapter=adapter,
         coupling=coupling,
+        base=None if isinstance(train.base, Unquantized) else StoredAs.model_validate(train.base.model_dump()),
         zero=train.zero,
         cpu_offload=train.cpu_offload,
         dp=train.mesh.dp,

@@ -20,7 +20,8 @@ from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
-from farspan.trainer.config import LoRA, Mesh, Reversible, TrainSpec
+from farspan.trainer.adapters.config import inner
+from farspan.trainer.config import NF4, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, Unquantized
 
 MIN_ROWS = 2048
 """`auto` keeps at least this many rows of a sequence on a rank. Below it a layer's work is too small to cover its two
@@ -165,6 +166,7 @@ class _Resolution:
         self.warmup_steps = self._warmup_steps()
         self.zero = self._zero()
         self.adapter = self._adapter()
+        self.base = self._base()
 
     def result(self) -> Resolved:
         job, world_size = self.job, self.dp * self.sp
@@ -175,6 +177,7 @@ class _Resolution:
             model=job.model,
             data=job.data,
             adapter=self.adapter,
+            base=self.base,
             precision=job.precision,
             mesh=Mesh(dp=self.dp, sp=self.sp),
             zero=self.zero,  # type: ignore[arg-type]  # 0, 2 or 3, or what the job's own Literal let through
@@ -339,6 +342,9 @@ class _Resolution:
         width = 2 if self.job.precision == "bf16" else 4
         trained = self.facts.trainable(self.job.adapter)
         weights = self.facts.parameters * width
+        if self.facts.stored_as is not None or not isinstance(self.job.base, Unquantized):
+            bits = 8 if self.job.base.type == "int8" else 4.5
+            weights -= int(self.facts.layers * self.facts.layer_weights * (width - bits / 8))
         state = trained * (width + OPTIMIZER_BYTES)
         total = self.machine.gpu_memory_bytes if self.use_gpu else self.machine.cpu_memory_bytes
         memory = total if self.use_gpu else total // max(1, self.ranks)
@@ -348,6 +354,9 @@ class _Resolution:
         )
         if world_size == 1:
             return (2, "CPU offload needs a ZeRO optimizer") if offload else (0, "one rank has nobody to share with")
+        quantized = self.facts.stored_as is not None or not isinstance(self.job.base, Unquantized)
+        if quantized:
+            return (2, f"{sums}; quantized weights are not sharded") if state > memory // 10 else (0, sums)
         if weights > memory // 2:
             return 3, f"{sums}: the weights alone take more than half"
         if not offload and state <= memory // 10:
@@ -368,6 +377,37 @@ class _Resolution:
                 try_="--set memory.plan=solve, or another adapter",
             )
         return adapter.model_copy(update={"inside": self._with_alpha(adapter.inside, "adapter.inside")})
+
+    def _base(self) -> Any:
+        """What the job says; of a quantized checkpoint, what it is."""
+        base, stored = self.job.base, self.facts.stored_as
+        if stored is not None and isinstance(base, Unquantized):
+            base = NF4(double="double" in stored)
+            self._decide("base.type", "nf4", "the checkpoint is quantized so")
+        if isinstance(base, Unquantized):
+            return base
+        if isinstance(inner(self.job.adapter), FullFineTune):
+            raise JobError(
+                f"nothing would be trained on a base in {base.type}",
+                at=self._at("base"),
+                why="quantized weights stay as they are, and the job has no adapter inside its layers",
+                try_="--set adapter.type=lora, or --set base=bf16",
+            )
+        if self.zero == 3:
+            raise JobError(
+                f"a base in {base.type} cannot be sharded",
+                at=self._at("parallel.zero"),
+                why="ZeRO-3 gathers parameters, and quantized weights are none; each rank holds them all",
+                try_="--set parallel.zero=2, or --set base=bf16",
+            )
+        if self.facts.experts > 1:
+            raise JobError(
+                f"experts in {base.type} are not known here",
+                at=self._at("base"),
+                why="transformers holds the experts of a layer in one tensor, which is no linear layer",
+                try_="--set base=bf16",
+            )
+        return base
 
     def _with_alpha(self, adapter: Any, path: str) -> Any:
         if isinstance(adapter, LoRA) and adapter.alpha is None:

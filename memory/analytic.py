@@ -104,6 +104,7 @@ def _kind(
     if working_set == "today" and training.mlp_tile is not None:
         backward_s += 2 * sum(m for name, m in mults.items() if name in MLP) / matmul_flop_per_s
     backward_s += sizes.backward_traffic / hardware.memory_bytes_per_s
+    whole_s = _whole_s(shape, training, hardware)
     attention = _attention(shape, form, training, hardware)
     o_bytes = attention.o_bytes_per_row * training.sp
     on_host = sizes.on_host
@@ -115,9 +116,9 @@ def _kind(
         attention=attention,
         linear=_linear(shape, training, matmul_flop_per_s, working_set),
         keep_bytes=sizes.keep,
-        forward_s=exchange_s.model_copy(update={"per_row": exchange_s.per_row + matmul_s + elementwise_s}),
-        backward_s=exchange_s.model_copy(update={"per_row": exchange_s.per_row + backward_s}),
-        elementwise_s=Amount(per_row=elementwise_s),
+        forward_s=_more(exchange_s, matmul_s + elementwise_s, whole_s),
+        backward_s=_more(exchange_s, backward_s, whole_s),
+        elementwise_s=Amount(per_row=elementwise_s, constant=whole_s),
         exchange_s=exchange_s,
         forward_peak=sizes.forward_peak,
         keep_forward_peak=sizes.keep_forward_peak,
@@ -127,6 +128,19 @@ def _kind(
         on_host=on_host,
         saved=sizes.saved,
     )
+
+
+def _more(amount: Amount, per_row: float, constant: float) -> Amount:
+    return amount.model_copy(update={"per_row": amount.per_row + per_row, "constant": amount.constant + constant})
+
+
+def _whole_s(shape: ModelShape, training: Training, hardware: Hardware) -> float:
+    """Making a layer's quantized matrices whole, once: read, looked up in fp32, scaled, rounded."""
+    if training.base is None:
+        return 0.0
+    count = sum(i * o for i, o in shape.linears().values())
+    stored = sum(training.base.bytes(i, o) for i, o in shape.linears().values())
+    return (stored + count * (4 * FP32 + training.width_bytes)) / hardware.memory_bytes_per_s
 
 
 def _without(peak: Peak, bytes_per_row: float) -> Peak:

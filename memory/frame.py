@@ -166,7 +166,7 @@ def linear_classes(layer: nn.Module) -> dict[str, nn.Linear]:
     tiled = [path for path, module in layer.named_modules() if getattr(module, "tiled_rows", None) is not None]
     for path, module in layer.named_modules():
         parts = path.split(".")
-        if type(module) is not nn.Linear or any(part.startswith("lora_") for part in parts):
+        if not isinstance(module, nn.Linear) or any(part.startswith("lora_") for part in parts):
             continue
         if any(path.startswith(f"{inside}.") for inside in tiled):
             continue

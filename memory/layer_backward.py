@@ -111,7 +111,9 @@ class LayerRun(LayerForward):
         if self.training.adapts(name) and adapter is not None and adapter.kind == "columns":
             columns = f"{source} columns"
             self.need(columns)
+            whole = self.whole(name)
             dx = self.make(f"d {name} in", e * inputs)
+            self.drop(*whole)
             self.drop(*[g] * (not keep))
             self.used(columns)
             self.arrive(source, dx, e * inputs, owns=False)
@@ -122,7 +124,9 @@ class LayerRun(LayerForward):
         if self.trains_base:
             self.need(source)
             self.make(f"d {name} weight", 0.0, constant=e * inputs * outputs)
+        whole = self.whole(name)
         dx = self.make(f"d {name} in", e * inputs)
+        self.drop(*whole)
         self.drop(*[g] * (not keep))
         if self.trains_base:
             self.used(source)
@@ -141,7 +145,9 @@ class LayerRun(LayerForward):
         if adapter.dropout:
             self.make(f"{name} mask again", e * inputs, reads=0.0)
             self.drop(self.make(f"{name} input with dropout again", e * inputs, reads=2 * e * inputs))
+        whole = self.whole(name)
         dx = self.make(f"d {name} in", e * inputs)
+        self.drop(*whole)
         if adapter.dropout:
             self.drop(self.make(f"d {name} undropped", e * inputs, reads=3 * e * inputs))
             self.drop(f"{name} mask again")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from farspan.errors import JobError
+from farspan.kernels.quantized import CHUNK_ELEMENTS
 from farspan.memory.liveness import Ledger
 from farspan.memory.shape import ModelShape, Training
 
@@ -157,7 +158,9 @@ class LayerForward(Ledger):
         """A linear layer with its adapter, if any, on top."""
         inputs, outputs = self.linears[name]
         e, a = self.e, self.training.adapter_width_bytes
+        whole = self.whole(name)
         self.make(name, e * outputs)
+        self.drop(*whole)
         self.keep_for_backward(name, *[source] * self.trains_base)
         if not self.training.adapts(name):
             return name
@@ -197,6 +200,18 @@ class LayerForward(Ledger):
             out = self.make(f"{name} adapted and rounded", e * outputs, reads=a * outputs)
             self.drop(f"{name} adapted", source)
         return out
+
+    def whole(self, name: str) -> list[str]:
+        """A quantized layer's matrix, made for one use."""
+        if self.training.base is None:
+            return []
+        inputs, outputs = self.linears[name]
+        weight = self.make(f"{name} weight", 0.0, constant=self.e * inputs * outputs)
+        # a chunk in fp32 at a time, its codes as indices beside it
+        beside = FP32 + (2 if self.training.base.type == "nf4" else 0)
+        chunk = min(inputs * outputs, CHUNK_ELEMENTS[self.device])
+        self.drop(self.make(f"{name} chunk", 0.0, constant=beside * chunk))
+        return [weight]
 
     def adapted(self, name: str, source: str) -> str:
         """The adapter's part, added where the base's output is (`trainer.adapters.lora`)."""

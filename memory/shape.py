@@ -108,6 +108,23 @@ class AdapterShape(Schema):
     """Modules trained whole beside the adapters."""
 
 
+class StoredAs(Schema):
+    """How the matrices of decoder layers are stored; they are made whole, one by one, where they are used."""
+
+    type: Literal["int8", "nf4"]
+    double: bool = True
+    """nf4: the scales of blocks of 64 are in 8 bits, with a scale for each 256 of them."""
+
+    def bytes(self, inputs: int, outputs: int) -> int:
+        """Of one matrix."""
+        count = inputs * outputs
+        if self.type == "int8":
+            return count + 4 * outputs
+        blocks = -(-count // 64)
+        scales = blocks + 4 * -(-blocks // 256) + 4 if self.double else 4 * blocks
+        return count // 2 + scales
+
+
 class CouplingShape(Schema):
     """Reversible streams around the layers (`memory.coupling`)."""
 
@@ -125,6 +142,8 @@ class Training(Schema):
     adapter: AdapterShape | None = None
     """None: every weight is trained."""
     coupling: CouplingShape | None = None
+    base: StoredAs | None = None
+    """None: in the model's precision."""
     zero: Literal[0, 1, 2, 3] = 0
     cpu_offload: bool = False
     dp: int = Field(default=1, ge=1)

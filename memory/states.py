@@ -52,12 +52,15 @@ def weights_of(shape: ModelShape, training: Training) -> Weights:
     """The model in its dtype, adapters in theirs; whole."""
     trained = training.trained(shape)
     largest = shape.vocab * shape.hidden if training.trains("embed_tokens") else shape.hidden * shape.ffn
+    whole = shape.parameters * training.width_bytes
+    if training.base is not None:
+        for inputs, outputs in shape.linears().values():
+            whole += shape.layers * (training.base.bytes(inputs, outputs) - inputs * outputs * training.width_bytes)
     if training.adapter is None:
-        size = shape.parameters * training.width_bytes
-        return Weights(bytes=size, parameters=shape.parameters, trained=trained, largest=largest)
+        return Weights(bytes=whole, parameters=shape.parameters, trained=trained, largest=largest)
     adapters = shape.layers * training.trained_in_layer(shape)
     copies = sum(training.trained_outside(shape))  # peft trains a copy of a module it saves and keeps the original
-    size = (shape.parameters + copies) * training.width_bytes + adapters * training.adapter_width_bytes
+    size = whole + copies * training.width_bytes + adapters * training.adapter_width_bytes
     return Weights(bytes=size, parameters=shape.parameters, trained=trained, largest=largest)
 
 

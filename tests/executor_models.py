@@ -17,9 +17,11 @@ from farspan.memory.tiers import Store
 from farspan.trainer.adapters.config import Adapter
 from farspan.trainer.adapters.reversible.apply import CHILD
 from farspan.trainer.attention import NAME, PackedSequence
+from farspan.trainer.bases.config import Base
+from farspan.trainer.bases.load import quantize
 from farspan.trainer.config import FullFineTune, Mesh, Optim, RandomModel, Reversible
 from farspan.trainer.engine import make_engine
-from farspan.trainer.models import DTYPES, CausalLMLoss, add_adapter, random_config, zero3
+from farspan.trainer.models import DTYPES, UNQUANTIZED, CausalLMLoss, add_adapter, random_config, zero3
 from farspan.trainer.parallel.mesh import RankGrid, form_groups
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.self_test import check_rebuilding
@@ -41,6 +43,7 @@ class Model:
         kv_heads: int = 2,
         attention: str = NAME,
         layers: int = LAYERS,
+        base: Base = UNQUANTIZED,
         **changed: Any,
     ) -> None:
         adapter = adapter or FullFineTune()
@@ -50,6 +53,7 @@ class Model:
         dtype = DTYPES[precision]  # type: ignore[index]
         torch.manual_seed(0)
         self.causal = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        quantize(self.causal, base)
         streams: list[Coupling] = []
         self.model = add_adapter(self.causal, adapter, seed=1, streams=streams)
         self.coupling = streams[0] if streams else None

@@ -30,12 +30,13 @@ from farspan.memory.policies import grid_rows
 from farspan.memory.problem import PlanProblem
 from farspan.memory.profile import AttentionProfile, PairTime, Profile
 from farspan.memory.saved import saved_on_host
-from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, Training
+from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, StoredAs, Training
 from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca.apply import add_columns
-from farspan.trainer.config import Optim, PaCA
+from farspan.trainer.bases.load import quantize
+from farspan.trainer.config import NF4, Int8, Optim, PaCA
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
 from farspan.trainer.tiling import tile_mlp
@@ -116,7 +117,9 @@ def test_what_fused_kernels_would_keep() -> None:
     assert found["rebuild"] < per_row(analytic_profile(LLAMA_8B, Training(mlp_tile=2048), H200))["rebuild"] / 4
 
 
-def decoder_layer(family: str, precision: str, adapter: AdapterShape | None, tile: int | None) -> tuple[Any, Any]:
+def decoder_layer(
+    family: str, precision: str, adapter: AdapterShape | None, tile: int | None, base: StoredAs | None
+) -> tuple[Any, Any]:
     shape = small(family)
     config = AutoConfig.for_model(
         family,
@@ -132,6 +135,8 @@ def decoder_layer(family: str, precision: str, adapter: AdapterShape | None, til
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if base is not None:
+        quantize(model, NF4(double=base.double) if base.type == "nf4" else Int8())
     if adapter is not None and adapter.kind == "columns":
         add_columns(model, PaCA(rank=adapter.rank), seed=0)
     elif adapter is not None:
@@ -153,37 +158,43 @@ def hand_on(parameter: nn.Parameter) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "precision", "adapter", "tile"),
+    ("family", "precision", "adapter", "tile", "base"),
     [
-        ("llama", "bf16", None, None),
-        ("llama", "fp32", None, None),
-        ("llama", "bf16", AdapterShape(rank=8, precision="fp32"), None),
-        ("llama", "fp32", None, 256),
-        ("qwen3", "bf16", LORA, None),
-        ("qwen3", "bf16", None, 256),
-        ("olmo2", "fp32", LORA, None),
-        ("llama", "bf16", LORA, None),
-        ("llama", "bf16", AdapterShape(rank=8, dropout=True), None),
-        ("llama", "fp32", AdapterShape(rank=8, dropout=True), None),
-        ("phi3", "bf16", LORA, None),
-        ("llama", "bf16", COLUMNS, None),
-        ("qwen3", "fp32", COLUMNS, 256),
-        ("olmo2", "bf16", COLUMNS, None),
-        ("phi3", "fp32", COLUMNS, None),
-        ("llama", "bf16", LORA, 256),
-        ("olmo2", "bf16", None, None),
-        ("phi3", "bf16", None, None),
+        ("llama", "bf16", None, None, None),
+        ("llama", "fp32", None, None, None),
+        ("llama", "bf16", AdapterShape(rank=8, precision="fp32"), None, None),
+        ("llama", "fp32", None, 256, None),
+        ("qwen3", "bf16", LORA, None, None),
+        ("qwen3", "bf16", None, 256, None),
+        ("olmo2", "fp32", LORA, None, None),
+        ("llama", "bf16", LORA, None, None),
+        ("llama", "bf16", AdapterShape(rank=8, dropout=True), None, None),
+        ("llama", "fp32", AdapterShape(rank=8, dropout=True), None, None),
+        ("phi3", "bf16", LORA, None, None),
+        ("llama", "bf16", COLUMNS, None, None),
+        ("qwen3", "fp32", COLUMNS, 256, None),
+        ("olmo2", "bf16", COLUMNS, None, None),
+        ("phi3", "fp32", COLUMNS, None, None),
+        ("llama", "bf16", LORA, 256, None),
+        ("llama", "bf16", LORA, None, StoredAs(type="nf4")),
+        ("qwen3", "fp32", COLUMNS, 256, StoredAs(type="int8")),
+        ("llama", "bf16", LORA, 256, StoredAs(type="nf4")),
+        ("llama", "bf16", AdapterShape(rank=8, dropout=True), None, StoredAs(type="nf4", double=False)),
+        ("olmo2", "bf16", None, None, None),
+        ("phi3", "bf16", None, None, None),
     ],
 )
-def test_counts_equal_torch(family: str, precision: str, adapter: AdapterShape | None, tile: int | None) -> None:
+def test_counts_equal_torch(
+    family: str, precision: str, adapter: AdapterShape | None, tile: int | None, base: StoredAs | None
+) -> None:
     """What autograd saves, to the byte, and the peak of forward and backward of a layer."""
     rows, shape = 1024, small(family)
-    layer, rotary = decoder_layer(family, precision, adapter, tile)
+    layer, rotary = decoder_layer(family, precision, adapter, tile, base)
     x = torch.randn(1, rows, shape.hidden, dtype=next(layer.parameters()).dtype, requires_grad=True)
     positions = torch.arange(rows)[None]
     embeddings = rotary(x, positions)
     dy = torch.randn_like(x)
-    foreign = {t.untyped_storage().data_ptr() for t in (x, *embeddings, *layer.parameters())}
+    foreign = {t.untyped_storage().data_ptr() for t in (x, *embeddings, *layer.parameters(), *layer.buffers())}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -210,7 +221,7 @@ def test_counts_equal_torch(family: str, precision: str, adapter: AdapterShape |
     x.grad = None
     took = footprint(rebuild, x.device).peak_bytes + dy.nbytes
 
-    training = Training(precision=precision, adapter=adapter, mlp_tile=tile, micro_batches=2)  # type: ignore[arg-type]
+    training = Training(precision=precision, adapter=adapter, mlp_tile=tile, micro_batches=2, base=base)  # type: ignore[arg-type]
     (kind,) = analytic_profile(shape, training, CPU).kinds
     keeps_x = precision == "fp32" or (family == "olmo2" and adapter is None)
     own_x = x.nbytes if keeps_x else 0

@@ -26,6 +26,7 @@ from farspan.memory.samples import Subject
 from farspan.memory.tiers import OffTier, Store
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
+from farspan.trainer.bases.load import quantize
 from farspan.trainer.config import CalibrationRequest, Model
 from farspan.trainer.models import (
     DTYPES,
@@ -57,6 +58,7 @@ def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
         causal = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[request.precision], attn_implementation=attention.NAME
         )
+        quantize(causal, request.base)
         module, _ = prepare_model(causal, adapter=request.adapter, memory=request.memory, seed=0)
     ulysses = LoneRank(request.sp) if request.sp > 1 else None
     tiled = [m for m in module.modules() if getattr(m, "tiled_rows", None) is not None]

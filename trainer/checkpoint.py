@@ -387,6 +387,7 @@ class Checkpointer:
             tokenizer_dir=self._tokenizer_dir,
             dtype=spec.precision,
             seed=spec.optim.seed,
+            stored=spec.base,
         )
 
 

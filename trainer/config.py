@@ -14,8 +14,9 @@ from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Ratio, Schema
 from farspan.trainer.adapters.config import Adapter, FullFineTune, LoRA, PaCA, Reversible
+from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
 
-__all__ = ["Adapter", "FullFineTune", "LoRA", "PaCA", "Reversible"]
+__all__ = ["NF4", "Adapter", "Base", "FullFineTune", "Int8", "LoRA", "PaCA", "Reversible", "Unquantized"]
 
 
 class Model(Leading):
@@ -191,6 +192,7 @@ class CalibrationRequest(Schema):
 
     model: ModelSource
     adapter: Adapter
+    base: Base = Unquantized()
     precision: Precision
     memory: Tiles
     context: int
@@ -213,6 +215,7 @@ class TrainSpec(Schema):
     model: ModelSource
     data: DataSource
     adapter: Adapter
+    base: Base = Unquantized()
     precision: Precision
     mesh: Mesh
     zero: Literal[0, 1, 2, 3]

@@ -40,10 +40,22 @@ from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
 from farspan.trainer.adapters.reversible import files as reversible
 from farspan.trainer.adapters.reversible.files import is_bottleneck
+from farspan.trainer.bases.load import dequantize, loading_options, take_over
 from farspan.trainer.checkpoint_format import MANIFEST
 from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, ModelSource, PaCA, Precision, Reversible
+from farspan.trainer.config import (
+    Adapter,
+    Base,
+    FullFineTune,
+    LoRA,
+    Model,
+    ModelSource,
+    PaCA,
+    Precision,
+    Reversible,
+    Unquantized,
+)
 from farspan.trainer.models import DTYPES, add_adapter
 
 SHARD_SIZE = "5GB"
@@ -89,6 +101,7 @@ def export_checkpoint(
     merged: bool = False,
     verify: bool = True,
     seed: int = 0,
+    stored: Base | None = None,
 ) -> ExportReport:
     """Write a HF or PEFT folder from a checkpoint.
 
@@ -105,6 +118,7 @@ def export_checkpoint(
         merged: fold LoRA into the base's weights. A full fine-tune is whole already.
         verify: reopen and compare.
         seed: the run's, from which columns to train were drawn.
+        stored: how the base was stored; a merged export is of the weights that this stands for.
 
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another model, or what was written is not what was saved.
@@ -120,8 +134,9 @@ def export_checkpoint(
             try_="give a folder that does not exist yet",
         )
     base = _base_folder(model, base_model_dir)
+    stored = stored or Unquantized()
     streams, adapter = (adapter, adapter.inside) if isinstance(adapter, Reversible) else (None, adapter)
-    job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed)
+    job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed, stored)
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
         if isinstance(adapter, FullFineTune):
@@ -164,11 +179,21 @@ class _Export:
     dtype: torch.dtype
     verify: bool
     seed: int
+    stored: Base
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights: names, shapes, tied weights."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base), dtype=self.dtype)
+
+    def whole(self) -> PreTrainedModel:
+        """The base with the weights that training saw, in plain layers."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.base, dtype=self.dtype, attn_implementation="eager", **loading_options(self.stored)
+        )
+        take_over(model)
+        dequantize(model)
+        return model
 
     def trained(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Trained parameter in the model's dtype, as the model held it when the checkpoint was taken."""
@@ -251,7 +276,7 @@ def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, .
         tensors |= {f"{name}.columns": job.trained(f"{name}.{COLUMNS}", shape), f"{name}.indices": chosen}
     hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
     base, revision = (hub.id, hub.revision) if hub else (str(job.base.resolve()), None)
-    paca.save(job.out_dir, rank=adapter.rank, base=base, revision=revision, tensors=tensors)
+    paca.save(job.out_dir, rank=adapter.rank, base=base, revision=revision, stored=job.stored, tensors=tensors)
     written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not job.verify:
         return written, ["nothing: not asked for"]
@@ -260,9 +285,7 @@ def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, .
 
 def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Returns names and shapes on disk, and what was compared."""
-    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        job.base, dtype=job.dtype, attn_implementation="eager"
-    )
+    whole = job.whole()
     names = add_columns(whole, adapter, seed=job.seed)
     trainable = {name: p for name, p in whole.named_parameters() if p.requires_grad}
     job.require_parameters(trainable)
@@ -289,7 +312,7 @@ def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, .
             hidden = size // streams.width
             down = name.endswith(".down.weight")
             weights[name] = job.trained(name, (streams.width, hidden) if down else (hidden, streams.width))
-    reversible.save(job.out_dir, streams, weights)
+    reversible.save(job.out_dir, streams, weights, stored=job.stored)
     if job.verify:
         export_check.check_streams(job.out_dir, job.base, weights, dtype=job.dtype)
     return {reversible.name_on_disk(name): tuple(tensor.shape) for name, tensor in weights.items()}
@@ -299,7 +322,7 @@ def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ..
     """Returns names and shapes on disk, and what was compared."""
     from peft.tuners.lora.layer import LoraLayer
 
-    whole = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype, attn_implementation="eager")
+    whole = job.whole()
     adapted: Any = add_adapter(whole, adapter, seed=0)
     trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     job.require_parameters(trainable)

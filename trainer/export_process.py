@@ -20,7 +20,7 @@ from typing import Any
 from farspan import errors
 from farspan.errors import CheckpointError
 from farspan.schema import Schema
-from farspan.trainer.config import Adapter, ModelSource, Precision
+from farspan.trainer.config import Adapter, Base, ModelSource, Precision, Unquantized
 
 
 class ExportRequest(Schema):
@@ -36,6 +36,7 @@ class ExportRequest(Schema):
     merged: bool = False
     verify: bool = True
     seed: int = 0
+    stored: Base = Unquantized()
 
 
 def export_in_process(request: ExportRequest, *, timeout_s: float) -> dict[str, Any]:

@@ -31,7 +31,19 @@ from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.reversible.apply import couple
 from farspan.trainer.adapters.targets import no_such_target
 from farspan.trainer.attention import PackedSequence
-from farspan.trainer.config import FullFineTune, LoRA, Model, PaCA, Precision, RandomModel, Reversible, TrainSpec
+from farspan.trainer.bases.load import loading_options, take_over
+from farspan.trainer.config import (
+    Base,
+    FullFineTune,
+    LoRA,
+    Model,
+    PaCA,
+    Precision,
+    RandomModel,
+    Reversible,
+    TrainSpec,
+    Unquantized,
+)
 from farspan.trainer.loss import LossHead
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.tiling import tile_mlp
@@ -39,6 +51,7 @@ from farspan.trainer.tiling import tile_mlp
 if TYPE_CHECKING:
     from farspan.memory.tiers import Store
 
+UNQUANTIZED = Unquantized()
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -77,14 +90,34 @@ def write_random_model(
     beside.rename(folder)
 
 
-def load_model(source: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a causal language model with Farspan's attention; under ZeRO-3 (see `zero3`) each rank keeps its shard."""
+def load_model(
+    source: str, *, revision: str | None, dtype: torch.dtype, device: torch.device, base: Base = UNQUANTIZED
+) -> PreTrainedModel:
+    """Load a causal language model with Farspan's attention; under ZeRO-3 (see `zero3`) each rank keeps its shard.
+
+    Args:
+        base: how its linear layers are stored; a checkpoint that is quantized stays as it is.
+    """
     placed: dict[str, Any] = {} if _zero3_active() else {"device_map": {"": device}}
     with _quiet_transformers():
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, attn_implementation=attention.NAME, **placed
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                **placed,
+                **loading_options(base),
             )
+            take_over(model)
+            return model
+        except ImportError as error:
+            raise JobError(
+                f"the model {source!r} cannot be loaded",
+                at="model.id",
+                why=str(error).strip().split("\n", maxsplit=1)[0],
+                try_="pip install 'farspan[bnb]' for checkpoints that bitsandbytes has quantized",
+            ) from error
         except (OSError, ValueError) as error:
             raise JobError(
                 f"the model {source!r} cannot be loaded",
@@ -315,7 +348,8 @@ def build(
     """Load the job's model on this rank and prepare it; models made on the spot must have been written before."""
     source, revision = base_source(spec)
     with zero3(spec.zero == 3, device):
-        causal = load_model(source, revision=revision, dtype=DTYPES[spec.precision], device=device)
+        dtype = DTYPES[spec.precision]
+        causal = load_model(source, revision=revision, dtype=dtype, device=device, base=spec.base)
         return prepare_model(
             causal,
             adapter=spec.adapter,

@@ -31,6 +31,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "adapter.dropout": ("said", "the next steps drop another share"),
     "adapter.inside.dropout": ("said", "the next steps drop another share"),
     "adapter.store": ("free", "the same steps from what is stored instead of computed back"),
+    "base": ("fixed", "the adapter was trained against these weights"),
     "data": ("fixed", _SAME_ORDER),
     "precision": ("fixed", "the steps done were computed in it, and the exported weights are rounded to it"),
     "packs_per_step": ("fixed", "a step would mean another number of tokens, and the cursor counts steps' packs"),

@@ -53,6 +53,7 @@ class _TiledRows(torch.autograd.Function):
                 if dx is not None:
                     assert leaf.grad is not None
                     dx[:, index * ctx.rows : index * ctx.rows + x_tile.shape[1]] = leaf.grad
+                del y, leaf  # not beside those of the next tile
         return dx, None, None, None, None
 
 

@@ -17,3 +17,5 @@ PY
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt)
 "${pip[@]}" torch==2.13.0
 "${pip[@]}" --editable '.[dev,bench]'
+# what tests and benchmarks compare with, apart: peft and transformers import it wherever they find it
+[ -d "$venv/oracles/bitsandbytes" ] || "${pip[@]}" --no-deps --target "$venv/oracles" bitsandbytes==0.50.2

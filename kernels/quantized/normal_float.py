@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from farspan.kernels.quantized import chunk
 
 OFFSET = 0.9677083
 """The outermost quantile, so that 4 bits have no code at infinity."""
@@ -19,14 +22,27 @@ SCALES_BLOCK = 256
 """Scales that share a scale."""
 
 
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The table as it is stored in checkpoints; the formula's differs from it in the last bit."""
+
+
 @lru_cache(maxsize=8)
 def normal_float_table(bits: int) -> Tensor:
     """The 2^bits values, ascending, from -1 to 1 with an exact zero. fp32."""
+    return torch.tensor(NF4) if bits == 4 else quantile_table(bits)
+
+
+def quantile_table(bits: int) -> Tensor:
+    """The same by the formula."""
     positive, negative = 2 ** (bits - 1), 2 ** (bits - 1) - 1
     above = torch.special.ndtri(torch.linspace(OFFSET, 0.5, positive + 1, dtype=torch.float64))[:-1]
     below = -torch.special.ndtri(torch.linspace(OFFSET, 0.5, negative + 1, dtype=torch.float64))[:-1]
-    values = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
-    return (values / values.max()).float()
+    values = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values.float()
+    return values / values.max()
 
 
 @lru_cache(maxsize=1)
@@ -72,10 +88,39 @@ class NormalFloat4:
 
     def values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The matrix, rounded to `dtype`."""
+        if self.packed.is_cuda and find_spec("bitsandbytes") is not None:
+            return self.by_bitsandbytes(shape, dtype)
         table = normal_float_table(4).to(self.packed.device)
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], -1)  # of each byte
-        blocks = pairs[self.packed.int()].view(-1, self.block)
-        return (blocks * self.scale_of_blocks()[:, None]).to(dtype).view(shape)
+        out = torch.empty(self.packed.numel() * 2, dtype=dtype, device=self.packed.device)
+        scales, step = self.scale_of_blocks(), max(1, chunk(out) // self.block)
+        for first in range(0, scales.numel(), step):
+            some = scales[first : first + step, None]
+            codes = self.packed[first * self.block // 2 :][: some.numel() * self.block // 2]
+            blocks = pairs[codes.int()].view(-1, self.block).mul_(some)
+            out[first * self.block :][: blocks.numel()].view_as(blocks).copy_(blocks)
+        return out.view(shape)
+
+    def by_bitsandbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The same by its kernel, for the block sizes that it has."""
+        from bitsandbytes import functional
+
+        device, nested = self.packed.device, None
+        if self.scales_scale is not None:
+            table = dynamic_table().to(device)
+            nested = functional.QuantState(self.scales_scale, blocksize=SCALES_BLOCK, code=table, dtype=torch.float32)
+        state = functional.QuantState(
+            self.scales,
+            shape=torch.Size(shape),
+            code=normal_float_table(4).to(device),
+            blocksize=self.block,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.mean,
+            state2=nested,
+        )
+        made: Tensor = functional.dequantize_4bit(self.packed.view(-1, 1), state)
+        return made
 
 
 def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True) -> NormalFloat4:

@@ -7,7 +7,8 @@ part is added where the base's output is. Dropout's mask m is not stored: a key 
 so that a layer which is rebuilt draws the same one, and the mask is made from it again in backward.
 
 peft's own forward still runs where a layer is asked for something else: merged or disabled adapters, several at once,
-DoRA, autocast, a weight that is quantized, and under ZeRO-3, which gathers weights by watching submodules run.
+DoRA, autocast, a weight that another library has quantized, and under ZeRO-3, which gathers weights by watching
+submodules run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from farspan.memory.frame import current
+from farspan.trainer.bases.linear import QuantizedLinear
 
 
 def install(model: nn.Module) -> int:
@@ -47,12 +49,15 @@ def _plain_adapter(layer: Any, x: Tensor) -> str | None:
     """The one adapter of a layer that runs as the formula says; None: peft's own forward is wanted."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     base = layer.get_base_layer()
-    if len(active) != 1 or layer.disable_adapters or layer.merged or type(base) is not nn.Linear:
+    quantized = isinstance(base, QuantizedLinear)
+    if len(active) != 1 or layer.disable_adapters or layer.merged or (type(base) is not nn.Linear and not quantized):
         return None
     (name,) = active
     a, b = layer.lora_A[name], layer.lora_B[name]
-    weights = (base.weight, a.weight, b.weight)
     if name in layer.lora_variant or a.bias is not None or b.bias is not None:
+        return None
+    weights = (a.weight, b.weight) if quantized else (base.weight, a.weight, b.weight)
+    if quantized and base.dtype != x.dtype:
         return None
     if any(hasattr(w, "ds_id") or w.dtype != x.dtype for w in weights) or torch.is_autocast_enabled(x.device.type):
         return None

@@ -6,6 +6,9 @@ master, and W is written in every forward and backward: whoever changed P, and w
 (ZeRO-3 gathers it anew), what runs is the trained matrix, in training and in evaluation. That costs a thousandth of
 the matmul.
 
+On a quantized base (QPaCA) the columns are kept in the model's dtype and put into the matrix whenever it is made whole:
+y = x Q^T + x[:, I] (P - Q[:, I])^T in one matmul.
+
 Layers that read the same input (q, k, v; gate, up) have the same columns and share one slice.
 """
 
@@ -23,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from farspan.errors import JobError
 from farspan.trainer.adapters.paca.config import PaCA
 from farspan.trainer.adapters.targets import target_linears
+from farspan.trainer.bases.linear import QuantizedLinear
 
 COLUMNS, INDICES = "paca_columns", "paca_indices"
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -83,10 +87,13 @@ def add_columns(model: nn.Module, adapter: PaCA, *, seed: int) -> dict[str, Tens
 
 
 def _adapt(layer: nn.Linear, columns: Columns) -> None:
-    with _whole(layer.weight):
-        started = layer.weight.detach().index_select(1, columns.indices.to(layer.weight.device))
+    given = layer.weight  # of a quantized layer, made for this
+    with _whole(given):
+        started = given.detach().index_select(1, columns.indices.to(given.device))
     layer.register_parameter(COLUMNS, nn.Parameter(started.clone()))
-    layer.register_buffer(INDICES, columns.indices.to(layer.weight.device))
+    layer.register_buffer(INDICES, columns.indices.to(given.device))
+    if isinstance(layer, QuantizedLinear):
+        layer.whole = partial(_with_columns, layer, layer.whole)  # type: ignore[method-assign]
     plain = layer.forward
     layer.forward = partial(_forward, layer, columns, plain)  # type: ignore[method-assign]
     layer.node_of = partial(_node, layer, columns)  # type: ignore[assignment]
@@ -101,8 +108,16 @@ def _whole(weight: Any) -> AbstractContextManager[object]:
     return gathered([weight])
 
 
+def _with_columns(layer: Any, whole: Any) -> Tensor:
+    """What a quantized layer makes of its weight each time, the trained columns in their place."""
+    weight: Tensor = whole()
+    return weight.index_copy_(1, getattr(layer, INDICES), getattr(layer, COLUMNS).detach().to(weight.dtype))
+
+
 def write_back(layer: Any) -> None:
-    """Put the trained columns into the weight."""
+    """Put the trained columns into the weight; a quantized one is made with them."""
+    if isinstance(layer, QuantizedLinear):
+        return
     layer.weight.data.index_copy_(1, getattr(layer, INDICES), getattr(layer, COLUMNS).data)
 
 

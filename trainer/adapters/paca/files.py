@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from farspan.errors import CheckpointError
+from farspan.trainer.bases.config import Base
+from farspan.trainer.bases.load import dequantize, loading_options, quantize, take_over
 
 CONFIG, WEIGHTS = "paca.json", "paca.safetensors"
 
 
-def save(folder: Path, *, rank: int, base: str, revision: str | None, tensors: dict[str, Tensor]) -> None:
+def save(folder: Path, *, rank: int, base: str, revision: str | None, stored: Base, tensors: dict[str, Tensor]) -> None:
     """Write both files; `tensors` by their names on disk."""
-    told = {"format": 1, "rank": rank, "base_model": base, "revision": revision}
+    told = {"format": 1, "rank": rank, "base_model": base, "revision": revision, "base": stored.model_dump(mode="json")}
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     save_file(
         {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
@@ -39,7 +42,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
 
     Args:
         folder: an export of a run with `PaCA`.
-        base: the loaded base model, changed in place; None: from where the folder says.
+        base: the loaded base model, changed in place; None: from where the folder says. Rounded as it was in training.
         dtype, options: for `from_pretrained`.
 
     Raises:
@@ -50,13 +53,18 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if told["format"] != 1:
             raise ValueError("written by a later version")
+        stored = TypeAdapter(Base).validate_python(told["base"])
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError) as error:
         raise _wrong(folder, str(error).split("\n", maxsplit=1)[0]) from error
     if base is None:
-        base = AutoModelForCausalLM.from_pretrained(
-            told["base_model"], revision=told["revision"], dtype=dtype, **options
-        )
+        options |= loading_options(stored)
+        where, revision = told["base_model"], told["revision"]
+        base = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
+    else:
+        quantize(base, stored)
+    take_over(base)
+    dequantize(base)
     for name, columns in tensors.items():
         layer_name, _, what = name.rpartition(".")
         if what != "columns":

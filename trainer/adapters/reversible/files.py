@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,8 @@ from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.reversible.apply import CHILD, couple
 from farspan.trainer.adapters.reversible.config import Reversible
+from farspan.trainer.bases.config import Base
+from farspan.trainer.bases.load import loading_options, quantize, take_over
 
 CONFIG, WEIGHTS = "reversible.json", "reversible_adapter.safetensors"
 
@@ -38,11 +41,17 @@ def name_on_disk(name: str) -> str:
     return f"{layer.rpartition('.')[2]}.{rest}"
 
 
-def save(folder: Path, adapter: Reversible, weights: dict[str, Tensor]) -> None:
-    """Write both files. `weights`: by their names in the model."""
+def save(folder: Path, adapter: Reversible, weights: dict[str, Tensor], *, stored: Base) -> None:
+    """Write both files.
+
+    Args:
+        weights: adapters between the streams, by their names in the model.
+        stored: how the base was stored in training.
+    """
     assert adapter.fraction_bits != "auto", "a trained model has its range"
     told = {name: getattr(adapter, name) for name in ("wiring", "bits", "fraction_bits", "width")}
-    (folder / CONFIG).write_text(json.dumps({"format": 1, **told}, indent=2) + "\n", encoding="utf-8")
+    told |= {"format": 1, "base": stored.model_dump(mode="json")}
+    (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if weights:
         on_disk = {name_on_disk(name): tensor.contiguous() for name, tensor in weights.items()}
         save_file(on_disk, folder / WEIGHTS, metadata={"format": "pt"})
@@ -64,6 +73,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if told.pop("format") != 1:
             raise ValueError("written by a later version")
+        stored = TypeAdapter(Base).validate_python(told.pop("base"))
         adapter = Reversible(**told)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -82,7 +92,11 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         if base is None:
             where = PeftConfig.from_pretrained(folder)
             name = str(where.base_model_name_or_path)
+            options |= loading_options(stored)
             base = AutoModelForCausalLM.from_pretrained(name, revision=where.revision, dtype=dtype, **options)
+        else:
+            quantize(base, stored)
+        take_over(base)
         model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
         install(model)
         causal = model.get_base_model()

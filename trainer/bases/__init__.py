@@ -1,0 +1,1 @@
+"""Bases: how the pretrained weights are stored while something else trains."""

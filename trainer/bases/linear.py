@@ -1,0 +1,117 @@
+"""A linear layer whose weight is stored in few bits and made whole where it is used.
+
+`weight` is the whole matrix, made anew each time somebody asks for it, in forward and in backward: adapters, the
+executor and tests use it as they use a plain layer's. It is no parameter: it is never trained and no engine sees it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from farspan.kernels.quantized.integers import quantize_int8, whole_int8
+from farspan.kernels.quantized.normal_float import NormalFloat4, quantize_nf4
+from farspan.trainer.bases.config import NF4, Base, Int8
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x W^T + b. Subclasses store W.
+
+    Args:
+        bias: of the layer it replaces; None: without.
+        dtype: of W where it is whole.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out_features, in_features] in `dtype`."""
+        return self.whole()
+
+    def whole(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Frozen.apply(x, self)
+        return functional.linear(x, self.whole(), self.bias)
+
+    def node_of(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's autograd node around an output that is at hand."""
+        return _FrozenGiven.apply(x, y, self)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.buffers())
+
+
+class _Frozen(torch.autograd.Function):
+    """Makes W again in backward instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, layer.whole(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.layer.whole(), None
+
+
+class _FrozenGiven(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, layer: QuantizedLinear) -> Tensor:
+        del x
+        ctx.layer = layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy @ ctx.layer.whole(), None, None
+
+
+class NF4Linear(QuantizedLinear):
+    """See `kernels.quantized.normal_float`."""
+
+    def __init__(
+        self, shape: tuple[int, int], stored: NormalFloat4, bias: nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(shape[1], shape[0], bias, dtype)
+        self.block = stored.block
+        self.register_buffer("packed", stored.packed)
+        self.register_buffer("scales", stored.scales)
+        self.register_buffer("scales_scale", stored.scales_scale)
+        self.register_buffer("scales_mean", stored.mean)
+
+    def whole(self) -> Tensor:
+        stored = NormalFloat4(self.packed, self.scales, self.scales_scale, self.scales_mean, self.block)  # type: ignore[arg-type]
+        return stored.values((self.out_features, self.in_features), self.dtype)
+
+
+class Int8Linear(QuantizedLinear):
+    """Integers and a scale for each row."""
+
+    def __init__(self, integers: Tensor, scale: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__(integers.shape[1], integers.shape[0], bias, dtype)
+        self.register_buffer("integers", integers)
+        self.register_buffer("scale", scale)
+
+    def whole(self) -> Tensor:
+        return whole_int8(self.integers, self.scale, self.dtype)  # type: ignore[arg-type]
+
+
+def quantized(weight: Tensor, base: Base, bias: nn.Parameter | None) -> QuantizedLinear:
+    """A layer with this matrix, rounded as `base` says."""
+    if isinstance(base, NF4):
+        return NF4Linear(
+            (weight.shape[0], weight.shape[1]), quantize_nf4(weight, double=base.double), bias, weight.dtype
+        )
+    assert isinstance(base, Int8), base
+    return Int8Linear(*quantize_int8(weight), bias, weight.dtype)
