@@ -21,7 +21,7 @@ from farspan.errors import ClusterNotReady, JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.shape import LayerForm
-from farspan.trainer.config import Adapter, FullFineTune, Model, PaCA, RandomModel, Reversible
+from farspan.trainer.config import PEQA, Adapter, FullFineTune, Model, PaCA, RandomModel, Reversible
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,9 @@ class ModelFacts:
 
     def trainable(self, adapter: Adapter) -> int:
         """About how many weights are trained."""
+        if isinstance(adapter, PEQA):
+            groups = 1 if adapter.group is None else self.hidden // adapter.group
+            return self.layers * groups * sum(self.outputs().values())
         if isinstance(adapter, Reversible):
             return self.trainable(adapter.inside) + 2 * self.layers * self.hidden * adapter.width
         if isinstance(adapter, FullFineTune):

@@ -26,7 +26,7 @@ from farspan.memory.profile import Source
 from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, StoredAs, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import LoRA, PaCA, Reversible, TrainSpec, Unquantized
+from farspan.trainer.config import PEQA, LoRA, PaCA, Reversible, TrainSpec, Unquantized
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
 MLP_TILE = 2048
@@ -218,6 +218,12 @@ def shape_of(facts: ModelFacts) -> ModelShape:
 def training_of(train: TrainSpec) -> Training:
     """What of a job the bytes and seconds of a step depend on."""
     adapter, coupling, inside = None, None, inner(train.adapter)
+    stored = None if isinstance(train.base, Unquantized) else StoredAs.model_validate(train.base.model_dump())
+    if isinstance(inside, PEQA):
+        targets = inside.target_modules
+        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
+        adapter = AdapterShape(kind="scales", rank=1, group=inside.group, targets=named, precision="fp32")
+        stored = StoredAs(type="integers", bits=inside.bits, group=inside.group)
     if isinstance(inside, PaCA):
         targets = inside.target_modules
         named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
@@ -238,7 +244,7 @@ def training_of(train: TrainSpec) -> Training:
         precision=train.precision,
         adapter=adapter,
         coupling=coupling,
-        base=None if isinstance(train.base, Unquantized) else StoredAs.model_validate(train.base.model_dump()),
+        base=stored,
         zero=train.zero,
         cpu_offload=train.cpu_offload,
         dp=train.mesh.dp,

@@ -21,7 +21,7 @@ from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import NF4, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, Unquantized
+from farspan.trainer.config import NF4, PEQA, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, Unquantized
 
 MIN_ROWS = 2048
 """`auto` keeps at least this many rows of a sequence on a rank. Below it a layer's work is too small to cover its two
@@ -384,8 +384,15 @@ class _Resolution:
         if stored is not None and isinstance(base, Unquantized):
             base = NF4(double="double" in stored)
             self._decide("base.type", "nf4", "the checkpoint is quantized so")
-        if isinstance(base, Unquantized):
+        if isinstance(base, Unquantized) and not isinstance(inner(self.job.adapter), PEQA):
             return base
+        if isinstance(inner(self.job.adapter), PEQA) and not isinstance(base, Unquantized):
+            raise JobError(
+                f"PEQA does its own rounding, and the base is in {base.type} already",
+                at=self._at("base"),
+                why="its scales belong to integers that are made from 16 bits",
+                try_="--set base=bf16",
+            )
         if isinstance(inner(self.job.adapter), FullFineTune):
             raise JobError(
                 f"nothing would be trained on a base in {base.type}",

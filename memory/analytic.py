@@ -176,7 +176,9 @@ def _linear(
     shape: ModelShape, training: Training, flop_per_s: float, working_set: WorkingSet
 ) -> tuple[LinearProfile, ...]:
     """Linear layers whose output can be stored. A tiled MLP of today is one: what is inside exists tile by tile."""
-    last_is_inner = not shape.norm_after
+    adapter = training.adapter
+    reads_output = adapter is not None and adapter.kind == "scales" and adapter.group is None
+    last_is_inner = not shape.norm_after and not (reads_output and training.adapts("down_proj"))
     tile_rows = (training.mlp_tile or TILE_ROWS) if working_set == "tiled" else None
     whole = working_set == "tiled" or training.mlp_tile is None
     found = [
@@ -209,6 +211,10 @@ def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> tu
         return 0.0, 0.0
     inside = training.model_copy(update={"coupling": None})
     once_s = 2 * inside.trained_in_layer(shape) / hardware.matmul_flop_per_s[training.adapter_precision]
+    if training.adapter.kind == "scales":
+        weights = sum(i * o for name, (i, o) in shape.linears().items() if training.adapts(name))
+        of_groups = 2 * weights / hardware.matmul_flop_per_s[training.precision]
+        return 0.0, of_groups if training.adapter.group is not None else 0.0
     return (0.0, once_s) if training.adapter.kind == "columns" else (once_s, 2 * once_s)
 
 

@@ -26,7 +26,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from farspan.errors import JobError
 from farspan.kernels.attention import KnownRows
-from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
+from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, reads_last, route_linear
 from farspan.memory.plan import Placement, Rows
 from farspan.memory.saved import saved_on_host
 from farspan.memory.tiered import DeviceLedger, TieredRows
@@ -61,7 +61,8 @@ class Executor:
         assert placement.saved == "device" or store is not None, "saved tensors on the host need a store"
         assert coupling is None or all(plan.x is not None for plan in placement.layers), "each layer stores its bits"
         self.layers, self.placement, self.store, self.coupling = layers, placement, store, coupling
-        self.hollow = frozenset([HOLLOW]) if hollow and coupling is None else frozenset()
+        hollow = hollow and coupling is None and not any(map(reads_last, layers))
+        self.hollow = frozenset([HOLLOW]) if hollow else frozenset()
         self.ledger = DeviceLedger()
         self.units = placement.units()
         self.place_of_top = {unit[-1]: place for place, unit in enumerate(self.units)}

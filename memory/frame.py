@@ -156,6 +156,12 @@ def route_linear(layer: nn.Linear, name: str) -> None:
     layer.forward = forward  # type: ignore[method-assign, assignment]
 
 
+def reads_last(layer: nn.Module) -> bool:
+    """Whether the backward of a layer's last linear layer needs its own output."""
+    last = linear_classes(layer).get(HOLLOW)
+    return bool(getattr(last, "reads_output", False))
+
+
 def linear_classes(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a decoder layer by class: the last part of their name, adapters' base layers included.
 

@@ -108,6 +108,16 @@ class LayerRun(LayerForward):
             self.adapted_backward(name, g, source, keep=keep)
             return
         adapter = self.training.adapter
+        if self.training.adapts(name) and adapter is not None and adapter.kind == "scales":
+            kept = name if adapter.group is None else source
+            self.need(kept)
+            whole = self.whole(name)
+            dx = self.make(f"d {name} in", e * inputs)
+            self.drop(*whole)
+            self.drop(*[g] * (not keep))
+            self.used(kept)
+            self.arrive(source, dx, e * inputs, owns=False)
+            return
         if self.training.adapts(name) and adapter is not None and adapter.kind == "columns":
             columns = f"{source} columns"
             self.need(columns)

@@ -166,6 +166,9 @@ class LayerForward(Ledger):
             return name
         adapter = self.training.adapter
         assert adapter is not None
+        if adapter.kind == "scales":
+            self.keep_for_backward(f"{name} adapter", name if adapter.group is None else source)
+            return name
         if adapter.kind == "columns":
             if self.grad:
                 columns = f"{source} columns"
@@ -203,14 +206,19 @@ class LayerForward(Ledger):
 
     def whole(self, name: str) -> list[str]:
         """A quantized layer's matrix, made for one use."""
-        if self.training.base is None:
+        base = self.training.base
+        if base is None or (base.type == "integers" and not self.training.adapts(name)):
             return []
         inputs, outputs = self.linears[name]
         weight = self.make(f"{name} weight", 0.0, constant=self.e * inputs * outputs)
-        # a chunk in fp32 at a time, its codes as indices beside it
-        beside = FP32 + (2 if self.training.base.type == "nf4" else 0)
+        # a chunk in fp32 at a time; of nf4 the codes as indices beside it, and the scales
         chunk = min(inputs * outputs, CHUNK_ELEMENTS[self.device])
-        self.drop(self.make(f"{name} chunk", 0.0, constant=beside * chunk))
+        beside = FP32 * chunk
+        if base.type == "integers":
+            beside += 3 * chunk  # unpacked, bit by bit
+        if base.type == "nf4":
+            beside += 2 * chunk + FP32 * inputs * outputs // 64
+        self.drop(self.make(f"{name} chunk", 0.0, constant=beside))
         return [weight]
 
     def adapted(self, name: str, source: str) -> str:

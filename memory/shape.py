@@ -95,10 +95,13 @@ class ModelShape(Schema):
 
 
 class AdapterShape(Schema):
-    """Low-rank adapters as peft builds them, or columns trained in place (PaCA)."""
+    """Low-rank adapters as peft builds them, columns trained in place (PaCA), or scales of rows of integers (PEQA)."""
 
-    kind: Literal["lora", "columns"] = "lora"
+    kind: Literal["lora", "columns", "scales"] = "lora"
     rank: int = Field(ge=1)
+    """Of scales: groups of the narrowest row."""
+    group: int | None = None
+    """Elements that share a scale; None: a row."""
     targets: tuple[str, ...] | None = None
     """Linear layers with an adapter, by the last part of their name; None: all of a decoder layer."""
     precision: Precision | None = None
@@ -111,7 +114,10 @@ class AdapterShape(Schema):
 class StoredAs(Schema):
     """How the matrices of decoder layers are stored; they are made whole, one by one, where they are used."""
 
-    type: Literal["int8", "nf4"]
+    type: Literal["int8", "nf4", "integers"]
+    bits: int = 4
+    """`integers`: of each, packed; scales are trained and count there."""
+    group: int | None = None
     double: bool = True
     """nf4: the scales of blocks of 64 are in 8 bits, with a scale for each 256 of them."""
 
@@ -120,6 +126,8 @@ class StoredAs(Schema):
         count = inputs * outputs
         if self.type == "int8":
             return count + 4 * outputs
+        if self.type == "integers":
+            return count * self.bits // 8 + outputs * (1 if self.group is None else inputs // self.group)
         blocks = -(-count // 64)
         scales = blocks + 4 * -(-blocks // 256) + 4 if self.double else 4 * blocks
         return count // 2 + scales
@@ -195,6 +203,8 @@ class Training(Schema):
         if self.adapter is None:
             return shape.layer_parameters + beside
         adapted = [(i, o) for name, (i, o) in shape.linears().items() if self.adapts(name)]
+        if self.adapter.kind == "scales":
+            return sum(o * (1 if self.adapter.group is None else i // self.adapter.group) for i, o in adapted) + beside
         inputs = 0 if self.adapter.kind == "columns" else sum(i for i, _ in adapted)
         return self.adapter.rank * (inputs + sum(o for _, o in adapted)) + beside
 

@@ -54,7 +54,9 @@ def weights_of(shape: ModelShape, training: Training) -> Weights:
     largest = shape.vocab * shape.hidden if training.trains("embed_tokens") else shape.hidden * shape.ffn
     whole = shape.parameters * training.width_bytes
     if training.base is not None:
-        for inputs, outputs in shape.linears().values():
+        for name, (inputs, outputs) in shape.linears().items():
+            if training.base.type == "integers" and not training.adapts(name):
+                continue
             whole += shape.layers * (training.base.bytes(inputs, outputs) - inputs * outputs * training.width_bytes)
     if training.adapter is None:
         return Weights(bytes=whole, parameters=shape.parameters, trained=trained, largest=largest)

@@ -78,3 +78,20 @@ def test_reversible_layers_beside_checkpointing(tmp_path: Path) -> None:
     assert by_layer["LoRA, reversible, wiring 3"] == 2 * by_layer["LoRA, reversible, wiring 1"]
     assert by_layer["LoRA, every layer checkpointed"] >= 2 * 64 * 2
     assert "| 3 |" in out.with_suffix(".md").read_text()
+
+
+def test_every_method_in_one_table(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
+    out = tmp_path / "adapters.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "farspan.jobs", "bench", "adapters", "--toy", "--out", str(out)],
+        env={**environment, "FARSPAN_CACHE": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())
+    losses = {key: cell["held_out"] for key, cell in cells.items() if "/0" in key}
+    assert len(losses) == len(cells["times"]) >= 17
+    assert max(losses.values()) - min(losses.values()) < 0.5, losses
+    assert cells["bytes/LoRA"]["kept_per_row"] < cells["bytes/LoRA, peft's default"]["kept_per_row"]
+    assert cells["bytes/LoRA on nf4"]["weights"] < cells["bytes/LoRA"]["weights"]
+    assert "| reversible 3, 3 bits, LoRA |" in out.with_suffix(".md").read_text()

@@ -19,7 +19,7 @@ from farspan.memory import executor as executor_module
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
-from farspan.trainer.config import FullFineTune, LoRA, PaCA
+from farspan.trainer.config import PEQA, FullFineTune, LoRA, PaCA
 from farspan.trainer.models import hollow_layers
 from farspan.trainer.tiling import tile_mlp
 
@@ -31,6 +31,8 @@ ADAPTERS = {
     "lora": LoRA(rank=4),
     "dropout": LoRA(rank=4, dropout=0.2),
     "paca": PaCA(rank=4),
+    "peqa": PEQA(bits=3),
+    "peqa, groups": PEQA(bits=4, group=16),
 }
 _kept: dict[Any, dict[str, torch.Tensor]] = {}
 
@@ -278,6 +280,7 @@ CASES = [
         ("llama", "bf16", None, 3, [500, 200, 200]),
         ("qwen3", "fp32", LoRA(rank=4), 3, [900]),
         ("llama", "bf16", PaCA(rank=4), 3, [500, 400]),
+        ("qwen3", "bf16", PEQA(bits=4), 0, [500, 400]),
     ]
 ] + [{"family": "llama", "precision": "bf16", "adapter": LoRA(rank=4), "mesh": (2, 1), "zero": 2, "lengths": [450]}]
 

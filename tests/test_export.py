@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +23,12 @@ from farspan.trainer import export, export_check
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca.apply import COLUMNS, add_columns
 from farspan.trainer.adapters.paca.files import load as load_columns
+from farspan.trainer.adapters.peqa.files import load as load_scales
 from farspan.trainer.adapters.reversible.files import load as load_reversible
+from farspan.trainer.bases.config import Int8
+from farspan.trainer.bases.load import quantize
 from farspan.trainer.checkpoint import Checkpointer
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, Model, PaCA, Precision, RandomModel, Reversible
+from farspan.trainer.config import PEQA, Adapter, FullFineTune, LoRA, Model, PaCA, Precision, RandomModel, Reversible
 from farspan.trainer.engine import Fragment
 from farspan.trainer.export import ExportReport, export_checkpoint
 from farspan.trainer.export_process import ExportRequest, export_in_process
@@ -166,6 +170,44 @@ def test_trained_columns_open_again(tmp_path: Path, precision: Precision) -> Non
     )
     with pytest.raises(CheckpointError, match="no trained columns for this model"):
         load_columns(tmp_path / "out", base=other)
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4), PaCA(rank=4)], ids=["lora", "paca"])
+def test_a_merge_into_a_quantized_base_is_of_the_weights_that_were_trained_on(tmp_path: Path, adapter: Adapter) -> None:
+    trained = Trained(tmp_path / "run", adapter=adapter)
+    trained.export(tmp_path / "out", merged=True, stored=Int8())
+    merged = _opened(tmp_path / "out", torch.float32)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    base = _opened(trained.folder.base_model, torch.float32)
+    quantize(base, Int8())
+    live: Any = add_adapter(base, adapter, seed=0)
+    for name, master in trained.masters.items():
+        live.get_parameter(name).data.copy_(master)
+    torch.testing.assert_close(_logits(merged), _logits(live), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(_logits(merged), trained.logits(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_trained_scales_open_again(tmp_path: Path, group: int | None) -> None:
+    """As scales on the integers made again from the base, and as the model in 16 bits that both stand for."""
+    trained = Trained(tmp_path / "run", adapter=PEQA(bits=4, group=group), precision="bf16")
+    want = trained.logits()
+    report = trained.export(tmp_path / "out")
+    assert {"peqa.json", "peqa.safetensors"} <= set(report.files) and "a finite forward" in report.compared
+    opened = load_scales(tmp_path / "out", dtype=trained.dtype, attn_implementation="eager")
+    assert torch.equal(_logits(opened), want)
+    assert trained.export(tmp_path / "merged", merged=True).kind == "merged"
+    assert torch.equal(_logits(_opened(tmp_path / "merged", trained.dtype)), want)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    text = (
+        (tmp_path / "out" / "peqa.json")
+        .read_text()
+        .replace('"group": null', '"group": 8')
+        .replace('"group": 16', '"group": 8')
+    )
+    (tmp_path / "other" / "peqa.json").write_text(text)
+    with pytest.raises(CheckpointError, match="no trained scales for this model"):
+        load_scales(tmp_path / "other", dtype=trained.dtype)
 
 
 def test_columns_that_are_the_base_are_refused(tmp_path: Path) -> None:
@@ -353,8 +395,8 @@ def test_merged_export_is_peft_merge_and_unload(tmp_path: Path, which: str) -> N
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "inside",
-    [LoRA(rank=4), FullFineTune(), PaCA(rank=4), LoRA(rank=2, dropout=0.1)],
-    ids=["lora", "full", "paca", "merged"],
+    [LoRA(rank=4), FullFineTune(), PaCA(rank=4), PEQA(bits=4), LoRA(rank=2, dropout=0.1)],
+    ids=["lora", "full", "paca", "peqa", "merged"],
 )
 def test_a_reversible_model_opens_again(
     tmp_path: Path, inside: Adapter, precision: Precision, request: pytest.FixtureRequest

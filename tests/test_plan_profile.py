@@ -35,8 +35,9 @@ from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca.apply import add_columns
+from farspan.trainer.adapters.peqa.apply import add_scales
 from farspan.trainer.bases.load import quantize
-from farspan.trainer.config import NF4, Int8, Optim, PaCA
+from farspan.trainer.config import NF4, PEQA, Int8, Optim, PaCA
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
 from farspan.trainer.tiling import tile_mlp
@@ -49,6 +50,7 @@ SMALL = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 64, 
 UNIT = 512 * 2
 """Bytes of a row of x there; 8 KiB at the width of the 8B model."""
 LORA = AdapterShape(rank=8)
+SCALES = AdapterShape(kind="scales", rank=1, precision="fp32")
 COLUMNS = AdapterShape(kind="columns", rank=8)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -135,10 +137,12 @@ def decoder_layer(
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if base is not None:
+    if base is not None and base.type != "integers":
         quantize(model, NF4(double=base.double) if base.type == "nf4" else Int8())
     if adapter is not None and adapter.kind == "columns":
         add_columns(model, PaCA(rank=adapter.rank), seed=0)
+    elif adapter is not None and adapter.kind == "scales":
+        add_scales(model, PEQA(bits=4, group=adapter.group))
     elif adapter is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -178,6 +182,9 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("llama", "bf16", LORA, 256, None),
         ("llama", "bf16", LORA, None, StoredAs(type="nf4")),
         ("qwen3", "fp32", COLUMNS, 256, StoredAs(type="int8")),
+        ("llama", "bf16", SCALES, None, StoredAs(type="integers")),
+        ("qwen3", "fp32", SCALES.model_copy(update={"group": 64}), None, StoredAs(type="integers", group=64)),
+        ("olmo2", "bf16", SCALES, 256, StoredAs(type="integers")),
         ("llama", "bf16", LORA, 256, StoredAs(type="nf4")),
         ("llama", "bf16", AdapterShape(rank=8, dropout=True), None, StoredAs(type="nf4", double=False)),
         ("olmo2", "bf16", None, None, None),
@@ -190,7 +197,9 @@ def test_counts_equal_torch(
     """What autograd saves, to the byte, and the peak of forward and backward of a layer."""
     rows, shape = 1024, small(family)
     layer, rotary = decoder_layer(family, precision, adapter, tile, base)
-    x = torch.randn(1, rows, shape.hidden, dtype=next(layer.parameters()).dtype, requires_grad=True)
+    x = torch.randn(
+        1, rows, shape.hidden, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, requires_grad=True
+    )
     positions = torch.arange(rows)[None]
     embeddings = rotary(x, positions)
     dy = torch.randn_like(x)
@@ -228,7 +237,7 @@ def test_counts_equal_torch(
     assert kind.keep_bytes.at(rows) - own_x == sum(saved.values())
     # the workspace of the matmul library is not counted
     o_bytes = kind.attention.o_bytes_per_row * rows
-    assert kind.rebuild_peak.bytes_at(rows) + o_bytes == pytest.approx(took, rel=5e-3)
+    assert kind.rebuild_peak.bytes_at(rows) + o_bytes == pytest.approx(took, rel=5e-3 if base is None else 8e-3)
 
     counted = LayerRun(shape, training, "cpu", grad=True, saves_on_host=True)
     counted.make("dy", dy.nbytes / rows)

@@ -13,10 +13,10 @@ from pydantic import Field
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Ratio, Schema
-from farspan.trainer.adapters.config import Adapter, FullFineTune, LoRA, PaCA, Reversible
+from farspan.trainer.adapters.config import PEQA, Adapter, FullFineTune, LoRA, PaCA, Reversible
 from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
 
-__all__ = ["NF4", "Adapter", "Base", "FullFineTune", "Int8", "LoRA", "PaCA", "Reversible", "Unquantized"]
+__all__ = ["NF4", "PEQA", "Adapter", "Base", "FullFineTune", "Int8", "LoRA", "PaCA", "Reversible", "Unquantized"]
 
 
 class Model(Leading):

@@ -8,6 +8,7 @@ adapter's are.
     full fine-tune    config.json, generation_config.json, safetensors (sharded with an index when large), tokenizer
     LoRA              adapter_config.json, adapter_model.safetensors (with modules_to_save), tokenizer
     PaCA              paca.json, paca.safetensors (indices and columns), tokenizer; merged, as a full fine-tune
+    PEQA              peqa.json, peqa.safetensors (scales), tokenizer; merged, as a full fine-tune
     Reversible        one of these, with `reversible.json` and the adapters between the streams beside it
     LoRA, merged      as a full fine-tune: W + scale B A, each matrix computed in fp32 and rounded once. Needs the base
                       model in host memory once, in its own dtype
@@ -38,6 +39,8 @@ from farspan.errors import CheckpointError
 from farspan.trainer import export_check
 from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
+from farspan.trainer.adapters.peqa import files as peqa
+from farspan.trainer.adapters.peqa.apply import SCALE, add_scales
 from farspan.trainer.adapters.reversible import files as reversible
 from farspan.trainer.adapters.reversible.files import is_bottleneck
 from farspan.trainer.bases.load import dequantize, loading_options, take_over
@@ -45,6 +48,7 @@ from farspan.trainer.checkpoint_format import MANIFEST
 from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
 from farspan.trainer.config import (
+    PEQA,
     Adapter,
     Base,
     FullFineTune,
@@ -141,6 +145,9 @@ def export_checkpoint(
     try:
         if isinstance(adapter, FullFineTune):
             kind, written, compared = "full", *_export_full(job)
+        elif isinstance(adapter, PEQA):
+            export_scales = _export_merged_scales if merged else _export_scales
+            kind, written, compared = "merged" if merged else "adapter", *export_scales(job, adapter)
         elif isinstance(adapter, PaCA):
             export = _export_merged_columns if merged else _export_columns
             kind, written, compared = "merged" if merged else "adapter", *export(job, adapter)
@@ -281,6 +288,41 @@ def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, .
     if not job.verify:
         return written, ["nothing: not asked for"]
     return written, export_check.check_columns(job.out_dir, job.base, tensors, dtype=job.dtype)
+
+
+def _export_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    with torch.device("meta"):
+        skeleton = job.skeleton()
+        names = add_scales(skeleton, adapter)
+    job.require_parameters({name: p for name, p in skeleton.named_parameters() if p.requires_grad})
+    shapes = {name: tuple(skeleton.get_submodule(name).get_parameter(SCALE).shape) for name in names}
+    # fp32 as they were trained: there is nothing to be gained by rounding so few
+    tensors = {f"{name}.{SCALE}": job.state.tensor(f"{name}.{SCALE}", shape) for name, shape in shapes.items()}
+    hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
+    base, revision = (hub.id, hub.revision) if hub else (str(job.base.resolve()), None)
+    peqa.save(job.out_dir, adapter, base=base, revision=revision, tensors=tensors)
+    written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_scales(job.out_dir, job.base, tensors, dtype=job.dtype)
+
+
+def _export_merged_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns names and shapes on disk, and what was compared."""
+    whole = job.whole()
+    names = add_scales(whole, adapter)
+    job.require_parameters({name: p for name, p in whole.named_parameters() if p.requires_grad})
+    for name in names:
+        scale = whole.get_submodule(name).get_parameter(SCALE)
+        scale.data.copy_(job.state.tensor(f"{name}.{SCALE}", tuple(scale.shape)))
+    dequantize(whole)
+    saved = remove_tied_weights_from_state_dict(dict(whole.state_dict()), whole)
+    _write_config(job, whole)
+    written = write_shards(job.out_dir, whole, saved, saved.__getitem__)
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_model(job.out_dir, written, saved.keys(), saved.__getitem__, dtype=job.dtype)
 
 
 def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:

@@ -114,6 +114,24 @@ def check_columns(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, d
     return [*done, "columns that are not the base's", "a finite forward"]
 
 
+def check_scales(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> list[str]:
+    """Check a folder with trained scales; see `check_model`."""
+    from farspan.trainer.adapters.peqa.files import load
+
+    with _Files(out_dir) as files:
+        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
+    done = [f"{len(tensors)} tensors bit for bit in the file"]
+    left_out = _too_large(_base_bytes(base))
+    if left_out is not None:
+        return [*done, f"forward: not run, {left_out}"]
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    model: Any = load(out_dir, base=whole)
+    there = dict(model.named_parameters())
+    _check_values(out_dir, tensors, there.__getitem__, tensors.__getitem__)
+    _check_forward(out_dir, model)
+    return [*done, "scales after they were loaded", "a finite forward"]
+
+
 def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
     """Open a reversible model again, compare its adapters, run it.
 
@@ -125,7 +143,7 @@ def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, d
     if _too_large(_base_bytes(base)) is not None:
         return
     opened: Any = None
-    if any((out_dir / name).exists() for name in ("adapter_config.json", "paca.json")):
+    if any((out_dir / name).exists() for name in ("adapter_config.json", "paca.json", "peqa.json")):
         opened = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
     model: Any = load(out_dir, base=opened, dtype=dtype, **({} if opened else {"attn_implementation": "eager"}))
     there = {name_on_disk(name): p for name, p in model.named_parameters() if is_bottleneck(name)}

@@ -22,17 +22,20 @@ from farspan.errors import JobError
 from farspan.memory.config import Tiles
 from farspan.memory.coupling import Coupling
 from farspan.memory.executor import Executor
+from farspan.memory.frame import reads_last
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca.apply import add_columns
+from farspan.trainer.adapters.peqa.apply import add_scales
 from farspan.trainer.adapters.reversible.apply import couple
 from farspan.trainer.adapters.targets import no_such_target
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.load import loading_options, take_over
 from farspan.trainer.config import (
+    PEQA,
     Base,
     FullFineTune,
     LoRA,
@@ -204,9 +207,10 @@ class CausalLMLoss(nn.Module):
 
 
 def hollow_layers(causal: PreTrainedModel) -> bool:
-    """Whether rebuilds may leave out the last matmul: not where a norm follows the MLP (OLMo 2, Gemma)."""
-    names = ("post_feedforward_layernorm", "post_mlp_layernorm")
-    return not any(hasattr(layer, name) for layer in decoder_layers(causal) for name in names)
+    """Whether rebuilds may leave out the last matmul: not where its output is read in backward, by a norm that follows
+    the MLP (OLMo 2, Gemma) or by the layer itself (PEQA)."""
+    names, layers = ("post_feedforward_layernorm", "post_mlp_layernorm"), decoder_layers(causal)
+    return not any(hasattr(layer, name) for layer in layers for name in names) and not any(map(reads_last, layers))
 
 
 def _projection(causal: PreTrainedModel) -> nn.Linear:
@@ -248,11 +252,14 @@ def add_adapter(
     """
     if isinstance(adapter, Reversible):
         adapted = add_adapter(model, inner(adapter), seed=seed)
-        coupling = couple(decoder_layers(model), adapter, hidden=model.config.get_text_config().hidden_size, seed=seed)
+        coupling = couple(model, adapter, seed=seed)
         if streams is not None:
             streams.append(coupling)
         return adapted
     if isinstance(adapter, FullFineTune):
+        return model
+    if isinstance(adapter, PEQA):
+        add_scales(model, adapter)
         return model
     if isinstance(adapter, PaCA):
         add_columns(model, adapter, seed=seed)

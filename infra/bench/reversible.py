@@ -126,7 +126,7 @@ def start(toy: bool) -> dict[str, Any]:
             layers = decoder_layers(model)
             found["layers"] = len(layers)
             adapter = Reversible(wiring=wiring, bits=bits, inside=FullFineTune())  # type: ignore[arg-type]
-            couple(layers, adapter, hidden=model.config.hidden_size, seed=0)
+            couple(model, adapter, seed=0)
             published = _opened(folder)
             _published(decoder_layers(published), wiring, 2.0**-bits)
             losses = [held_out_loss(each, toy=toy) for each in (model, published)]

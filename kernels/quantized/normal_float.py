@@ -97,7 +97,7 @@ class NormalFloat4:
         for first in range(0, scales.numel(), step):
             some = scales[first : first + step, None]
             codes = self.packed[first * self.block // 2 :][: some.numel() * self.block // 2]
-            blocks = pairs[codes.int()].view(-1, self.block).mul_(some)
+            blocks = pairs.index_select(0, codes.int()).view(-1, self.block).mul_(some)
             out[first * self.block :][: blocks.numel()].view_as(blocks).copy_(blocks)
         return out.view(shape)
 

@@ -9,11 +9,12 @@ from pydantic import Field
 from farspan.trainer.adapters.full import FullFineTune
 from farspan.trainer.adapters.lora.config import LoRA
 from farspan.trainer.adapters.paca.config import PaCA
+from farspan.trainer.adapters.peqa.config import PEQA
 from farspan.trainer.adapters.reversible.config import Inside, Reversible
 
-__all__ = ["Adapter", "FullFineTune", "Inside", "LoRA", "PaCA", "Reversible", "inner"]
+__all__ = ["Adapter", "FullFineTune", "Inside", "LoRA", "PEQA", "PaCA", "Reversible", "inner"]
 
-Adapter = Annotated[LoRA | FullFineTune | PaCA | Reversible, Field(discriminator="type")]
+Adapter = Annotated[LoRA | FullFineTune | PaCA | PEQA | Reversible, Field(discriminator="type")]
 
 
 def inner(adapter: Adapter) -> Inside:

@@ -150,3 +150,6 @@ def dequantize(model: nn.Module) -> None:
             plain.weight = nn.Parameter(module.whole(), requires_grad=False)
             plain.bias = module.bias
             model.set_submodule(name, plain)
+    some: Any = model
+    if getattr(some, "hf_quantizer", None) is not None:
+        some.hf_quantizer.remove_quantization_config(some)

@@ -19,6 +19,7 @@ _PUBLIC = {
     "ChatData": "farspan.trainer.config",
     "LoRA": "farspan.trainer.config",
     "PaCA": "farspan.trainer.config",
+    "PEQA": "farspan.trainer.config",
     "Reversible": "farspan.trainer.config",
     "NF4": "farspan.trainer.config",
     "Int8": "farspan.trainer.config",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from farspan.memory.config import MemoryBudget
     from farspan.trainer.config import (
         NF4,
+        PEQA,
         ChatData,
         Checkpoint,
         Evaluate,
@@ -64,6 +66,7 @@ __all__ = [
     "ChatData",
     "LoRA",
     "PaCA",
+    "PEQA",
     "Reversible",
     "NF4",
     "Int8",

@@ -5,6 +5,8 @@ Bottleneck adapters become children of their layers, so that they are found, sav
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,6 +14,7 @@ from torch.nn import functional
 from farspan.errors import JobError
 from farspan.memory.coupling import Coupling
 from farspan.trainer.adapters.config import Reversible
+from farspan.trainer.adapters.layers import decoder_layers
 
 CHILD = "reversible_adapter"
 """Name of a layer's bottleneck adapter."""
@@ -31,17 +34,18 @@ class Bottleneck(nn.Module):
         return self.up(functional.relu(self.down(x)))
 
 
-def couple(layers: list[nn.Module], adapter: Reversible, *, hidden: int, seed: int) -> Coupling:
+def couple(causal: Any, adapter: Reversible, *, seed: int) -> Coupling:
     """Add the adapters and rewire the layers.
 
     Args:
-        layers: decoder layers, bottom first; what trains inside them is there already.
-        hidden: width of hidden states.
+        causal: a causal language model; what trains inside its decoder layers is there already.
         seed: of the adapters' first weights; the same on every rank.
 
     Raises:
         JobError: the model's layers cannot be coupled so.
     """
+    layers, hidden = decoder_layers(causal), causal.config.get_text_config().hidden_size
+    some = causal.get_input_embeddings().weight
     if adapter.width and adapter.wiring == 3:
         raise JobError(
             "wiring 3 has no place for bottleneck adapters",
@@ -56,7 +60,6 @@ def couple(layers: list[nn.Module], adapter: Reversible, *, hidden: int, seed: i
             why="the side bits of 8 elements make whole bytes",
             try_="--set adapter.type=lora",
         )
-    some = next(layers[0].parameters())
     adapters: list[nn.Module | None] = [None] * len(layers)
     if adapter.width:
         with torch.random.fork_rng(devices=[]), torch.device("cpu" if some.device.type != "meta" else "meta"):

@@ -10,8 +10,9 @@ from farspan.schema import Schema
 from farspan.trainer.adapters.full import FullFineTune
 from farspan.trainer.adapters.lora.config import LoRA
 from farspan.trainer.adapters.paca.config import PaCA
+from farspan.trainer.adapters.peqa.config import PEQA
 
-Inside = Annotated[LoRA | FullFineTune | PaCA, Field(discriminator="type")]
+Inside = Annotated[LoRA | FullFineTune | PaCA | PEQA, Field(discriminator="type")]
 
 
 class Reversible(Schema):

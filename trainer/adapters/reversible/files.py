@@ -23,6 +23,7 @@ from farspan.errors import CheckpointError
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca import files as paca
+from farspan.trainer.adapters.peqa import files as peqa
 from farspan.trainer.adapters.reversible.apply import CHILD, couple
 from farspan.trainer.adapters.reversible.config import Reversible
 from farspan.trainer.bases.config import Base
@@ -86,6 +87,8 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
     causal: Any
     if (folder / paca.CONFIG).exists():
         causal = model = paca.load(folder, base=base, dtype=dtype, **options)
+    elif (folder / peqa.CONFIG).exists():
+        causal = model = peqa.load(folder, base=base, dtype=dtype, **options)
     elif (folder / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 
@@ -102,11 +105,10 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         causal = model.get_base_model()
     else:
         causal = model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    layers = decoder_layers(causal)
-    couple(layers, adapter, hidden=causal.config.get_text_config().hidden_size, seed=0)
+    couple(causal, adapter, seed=0)
     if adapter.width:
         weights = load_file(folder / WEIGHTS)
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(decoder_layers(causal)):
             if hasattr(layer, CHILD):
                 own = {n.partition(".")[2]: w for n, w in weights.items() if n.startswith(f"{index}.")}
                 getattr(layer, CHILD).load_state_dict(own)

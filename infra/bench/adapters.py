@@ -1,0 +1,296 @@
+"""Every method of fine-tuning in one table: what it trains, what it stores, how long a step takes, how well it learns.
+
+A small language model, trained here on the standard library's source, is adapted to another domain, the English text
+of Python's reference. Each method gets the same steps; its learning rate is the best of four on one seed, and two more
+seeds are run at that rate. Bytes are counted: weights and optimizer by tensor, activations by the allocator's events in
+a forward and a step at 1,024 rows. Seconds are medians of interleaved steps of all methods in one process and thread.
+
+    farspan bench adapters                   results/adapters.json (resumable cell by cell), adapters.md
+    farspan bench adapters --only LoRA       methods whose name contains it
+    farspan bench adapters --toy             seconds, for the test
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pydoc_data.topics as topics
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from _pretrained import ROWS, batch, pretrained
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging as transformers_logging
+
+from farspan.memory.allocations import footprint
+from farspan.memory.config import Tiles
+from farspan.memory.plan import LayerPlan, Placement, Rows
+from farspan.trainer.adapters.layers import decoder_layers
+from farspan.trainer.attention import PackedSequence
+from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
+from farspan.trainer.config import PEQA, Adapter, FullFineTune, LoRA, Optim, PaCA, Reversible
+from farspan.trainer.engine_plain import PlainEngine
+from farspan.trainer.models import load_model, prepare_model
+from farspan.trainer.optimizer import lr_at
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, TOY_STEPS = 120, 2
+SEQUENCES = 4
+SEEDS = (0, 1, 2)
+CPU = torch.device("cpu")
+LORA = LoRA(rank=8, alpha=16.0)
+LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+PLAIN = Unquantized()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    adapter: Adapter
+    base: Base = PLAIN
+    rates: tuple[float, ...] = LORA_RATES
+    how: str = ""
+    """`peft`: peft's own forward and fp32 adapters; `checkpoint`: torch's checkpointing of every layer."""
+
+    @property
+    def rebuilt(self) -> bool:
+        return isinstance(self.adapter, Reversible)
+
+
+METHODS = {
+    "full fine-tuning": Method(FullFineTune(), rates=(1e-4, 2e-4, 4e-4, 8e-4)),
+    "LoRA, peft's default": Method(LORA, how="peft"),
+    "LoRA": Method(LORA),
+    "LoRA, dropout 0.05": Method(LORA.model_copy(update={"dropout": 0.05})),
+    "LoRA, every layer checkpointed": Method(LORA, how="checkpoint"),
+    "reversible 1, 3 bits, LoRA": Method(Reversible(wiring=1, bits=3, inside=LORA)),
+    "reversible 1, 2 bits, width 16, LoRA": Method(Reversible(wiring=1, bits=2, width=16, inside=LORA)),
+    "reversible 2, 3 bits, width 16, LoRA": Method(Reversible(wiring=2, bits=3, width=16, inside=LORA)),
+    "reversible 3, 3 bits, LoRA": Method(Reversible(wiring=3, bits=3, inside=LORA)),
+    "PaCA": Method(PaCA(rank=16), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "reversible 1, 3 bits, PaCA": Method(
+        Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)
+    ),
+    "LoRA on int8": Method(LORA, Int8()),
+    "LoRA on nf4": Method(LORA, NF4()),
+    "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
+    "PEQA, 4 bits": Method(PEQA(bits=4), rates=(1e-5, 3e-5, 1e-4, 3e-4)),
+    "PEQA, 3 bits": Method(PEQA(bits=3), rates=(1e-5, 3e-5, 1e-4, 3e-4)),
+}
+
+
+@lru_cache(maxsize=1)
+def domain() -> tuple[Tensor, Tensor]:
+    """Bytes of the reference's topics: to train on, and a tenth held out, whole topics."""
+    texts = [text.encode() for _, text in sorted(topics.topics.items())]
+    first = len(texts) * 9 // 10
+    train, held = b"\n".join(texts[:first]), b"\n".join(texts[first:])
+    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in (train, held))  # type: ignore[return-value]
+
+
+class Run:
+    """One method's model, engine and data."""
+
+    def __init__(self, method: Method, seed: int, lr: float, steps: int, toy: bool) -> None:
+        self.method, self.steps, self.rows = method, steps, SEQUENCES * ROWS
+        causal = load_model(str(pretrained(toy=toy)), revision=None, dtype=torch.bfloat16, device=CPU, base=method.base)
+        layers = decoder_layers(causal)
+        plan = LayerPlan(x=Rows(device=self.rows))
+        placement = Placement(rows=self.rows, attention_rows=self.rows, layers=(plan,) * len(layers))
+        if method.how == "peft":
+            self.module, trainable = _by_peft(causal, seed)
+        else:
+            self.module, trainable = prepare_model(
+                causal,
+                adapter=method.adapter,
+                memory=Tiles(loss_tile=512),
+                seed=seed,
+                placement=placement if method.rebuilt else None,
+            )
+        if method.how == "checkpoint":
+            for layer in layers:
+                layer.gradient_checkpointing = True  # type: ignore[assignment]
+                layer._gradient_checkpointing_func = lambda call, x: checkpoint(call, x, use_reentrant=False)  # type: ignore[assignment]
+        self.trained = sum(p.numel() for p in trainable.values())
+        self.weight_bytes = sum(t.nbytes for t in (*causal.parameters(), *causal.buffers()))
+        self.optim = Optim(lr=lr, steps=steps, beta2=0.95)
+        self.engine = PlainEngine(self.module, trainable, self.optim, "cpu")
+        self.draw = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+
+    def batch(self) -> Tensor:
+        return batch(domain()[0], SEQUENCES, self.draw)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Sum over all trained bytes of some sequences, packed into one."""
+        labels = ids.roll(-1, 1)
+        labels[:, -1] = -100
+        positions = torch.arange(ids.shape[1]).repeat(ids.shape[0])[None]
+        pack = PackedSequence((ids.shape[1],) * ids.shape[0])
+        return self.module(ids.flatten()[None], labels.flatten()[None], positions, pack)  # type: ignore[no-any-return]
+
+    def step(self, step: int = 1, ids: Tensor | None = None) -> float:
+        ids = self.batch() if ids is None else ids
+        trained = ids.numel() - ids.shape[0]
+        loss = self.loss(ids)
+        self.engine.backward(loss / trained, last=True)
+        self.engine.step(lr=lr_at(step, self.optim, max(1, self.steps // 20)), clip_norm=1.0)
+        return float(loss.detach()) / trained
+
+    def held_out(self, toy: bool) -> float:
+        ids = batch(domain()[1], 4 if toy else 64, torch.Generator().manual_seed(3))
+        self.module.eval()
+        with torch.no_grad():
+            losses = [float(self.loss(part)) / (part.numel() - part.shape[0]) for part in ids.split(SEQUENCES)]
+        self.module.train()
+        return statistics.mean(losses)
+
+    def state_bytes(self) -> int:
+        """Masters, moments and the buffer that gradients are added up in."""
+        states = {f.tensor.data_ptr(): f.tensor.nbytes for f in self.engine.fragments()}
+        weights = {p.data_ptr() for p in self.module.parameters()}
+        flat = self.engine._flat
+        return sum(size for at, size in states.items() if at not in weights) + (flat.nbytes if flat is not None else 0)
+
+
+def _by_peft(causal: Any, seed: int) -> tuple[Any, dict[str, Any]]:
+    from peft import LoraConfig, get_peft_model
+
+    from farspan.trainer.models import CausalLMLoss
+
+    torch.manual_seed(seed)
+    adapted = get_peft_model(causal, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    module = CausalLMLoss(adapted, causal, loss_tile=512)
+    module.train()
+    return module, {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+def trained_cell(method: Method, seed: int, lr: float, steps: int, toy: bool) -> dict[str, Any]:
+    run = Run(method, seed, lr, steps, toy)
+    start, began_s = run.held_out(toy), time.perf_counter()
+    losses = [run.step(step) for step in range(1, steps + 1)]
+    took_s = time.perf_counter() - began_s
+    return {"start": start, "held_out": run.held_out(toy), "last": statistics.mean(losses[-10:]), "seconds": took_s}
+
+
+def bytes_cell(method: Method, toy: bool) -> dict[str, Any]:
+    run = Run(method, 0, 1e-3, 2, toy)
+    ids = run.batch()
+    run.step(1, ids)
+    footprint(lambda: None, CPU)
+    kept = footprint(lambda: run.loss(ids), CPU)
+    kept_bytes = kept.kept_bytes
+    del kept
+    return {
+        "trained": run.trained,
+        "weights": run.weight_bytes,
+        "states": run.state_bytes(),
+        "kept_per_row": kept_bytes / run.rows,
+        "peak_per_row": footprint(lambda: run.step(1, ids), CPU).peak_bytes / run.rows,
+    }
+
+
+def times_cell(names: list[str], repeats: int, toy: bool) -> dict[str, Any]:
+    """Interleaved, so that a busy moment of the machine meets all of them."""
+    runs = {name: Run(METHODS[name], 0, 1e-4, 2, toy) for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            ids = run.batch()
+            began_s = time.perf_counter()
+            run.step(1, ids)
+            if repeat:
+                taken[name].append(time.perf_counter() - began_s)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def best_rate(cells: dict[str, Any], name: str) -> float | None:
+    """Of those that are there and finite; None: none is."""
+    found = {lr: cells.get(f"{name}/{lr:g}/0", {}).get("held_out", math.inf) for lr in METHODS[name].rates}
+    best = min(found, key=lambda lr: found[lr])
+    return best if math.isfinite(found[best]) else None
+
+
+def report(cells: dict[str, Any], steps: int) -> str:
+    names = [name for name in METHODS if best_rate(cells, name) is not None and f"bytes/{name}" in cells]
+    start = cells[f"{names[0]}/{METHODS[names[0]].rates[0]:g}/0"]["start"]
+    times = cells.get("times", {})
+    base_s = times.get("LoRA")
+    lines = [
+        "# Methods of fine-tuning",
+        "",
+        "`farspan bench adapters`: a Llama of 5 million parameters, trained on Python source, adapted to English text "
+        f"in {steps} steps of {SEQUENCES} x {ROWS} bytes; bf16, fp32 masters, one CPU thread. Loss in nats a byte on "
+        f"held-out text, {start:.3f} at the start; mean and range of three seeds at the best of four learning rates. "
+        "Bytes of activations are of a row.",
+        "",
+        "| method | trained | weights MiB | optimizer MiB | kept KiB | peak KiB | step | of LoRA's | lr | start "
+        "| loss | range |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        size, lr = cells[f"bytes/{name}"], best_rate(cells, name)
+        seeds = [cells[key] for seed in SEEDS if (key := f"{name}/{lr:g}/{seed}") in cells]
+        losses = [cell["held_out"] for cell in seeds]
+        edge = "*" if lr in (METHODS[name].rates[0], METHODS[name].rates[-1]) else ""
+        took = f"{times[name] * 1e3:.0f} ms | {times[name] / base_s:.2f}" if name in times and base_s else "– | –"
+        lines.append(
+            f"| {name} | {size['trained']:,} | {size['weights'] / 2**20:.2f} | {size['states'] / 2**20:.2f} "
+            f"| {size['kept_per_row'] / 1024:.1f} | {size['peak_per_row'] / 1024:.1f} | {took} | {lr:g}{edge} "
+            f"| {seeds[0]['start']:.3f} | {statistics.mean(losses):.4f} | {max(losses) - min(losses):.4f} |"
+        )
+    lines += ["", "`*`: the best rate is the lowest or highest that was tried."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="farspan bench adapters", description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--toy", action="store_true", help="a tiny model, two steps, two rates")
+    parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapters.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    steps = TOY_STEPS if options.toy else STEPS
+    done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+
+    def cell(key: str, made: Callable[[], dict[str, Any]]) -> None:
+        if key in done:
+            return
+        done[key] = made()
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(done, indent=1) + "\n")
+        print(f"{key:<50} {json.dumps(done[key])[:120]}", flush=True)
+
+    names = [name for name in METHODS if options.only in name]
+    for name in names:
+        method = METHODS[name]
+        cell(f"bytes/{name}", lambda method=method: bytes_cell(method, options.toy))  # type: ignore[misc]
+        for lr in method.rates[:1] if options.toy else method.rates:
+            cell(f"{name}/{lr:g}/0", lambda m=method, lr=lr: trained_cell(m, 0, lr, steps, options.toy))  # type: ignore[misc]
+        best = best_rate(done, name)
+        for seed in () if options.toy or best is None else SEEDS[1:]:
+            cell(f"{name}/{best:g}/{seed}", lambda m=method, s=seed, b=best: trained_cell(m, s, b, steps, False))  # type: ignore[misc]
+    if names == list(METHODS):
+        cell("times", lambda: times_cell(names, 1 if options.toy else 9, options.toy))
+    text = report(done, steps)
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

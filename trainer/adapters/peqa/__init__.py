@@ -1,0 +1,1 @@
+"""PEQA: integers that stay, scales that train."""
