@@ -56,6 +56,7 @@ def export(
         merged=merged,
         seed=spec.optim.seed,
         stored=spec.base,
+        start=folder.adapter_start,
     )
 
 

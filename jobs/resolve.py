@@ -366,7 +366,14 @@ class _Resolution:
         return 3, f"{sums}: weights and 1/{world_size} of the state take more than half"
 
     def _adapter(self) -> Any:
-        adapter = self.job.adapter
+        adapter, inside = self.job.adapter, inner(self.job.adapter)
+        if isinstance(inside, LoRA) and inside.init in ("pissa", "olora", "lora_ga") and self.zero == 3:
+            raise JobError(
+                f"an adapter that starts at {inside.init} does not go with ZeRO-3",
+                at=self._at("adapter.init"),
+                why="the frozen pair that takes the start off is no parameter, and peft's own forward runs there",
+                try_="--set parallel.zero=2, or --set adapter.init=default",
+            )
         if not isinstance(adapter, Reversible):
             return self._with_alpha(adapter, "adapter")
         if self.job.memory.plan == "keep":

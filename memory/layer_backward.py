@@ -161,6 +161,9 @@ class LayerRun(LayerForward):
         if adapter.dropout:
             self.drop(self.make(f"d {name} undropped", e * inputs, reads=3 * e * inputs))
             self.drop(f"{name} mask again")
+        if adapter.start:
+            self.drop(self.make(f"d {name} start", e * adapter.rank))
+            self.traffic += 2 * e * (inputs + outputs)
         self.drop(f"d {name} A")
         self.drop(*[g] * (not keep))
         self.used(source, f"{name} A")

@@ -234,6 +234,9 @@ class LayerForward(Ledger):
         self.make(f"{name} A", e * adapter.rank)
         if adapter.dropout:
             self.drop(f"{name} input with dropout")
+        if adapter.start:
+            self.drop(self.make(f"{name} start", e * adapter.rank))
+            self.traffic += e * (inputs + 2 * outputs)
         self.keep_for_backward(f"{name} adapter", source, f"{name} A")
         self.drop(f"{name} A")
         return name

@@ -107,6 +107,8 @@ class AdapterShape(Schema):
     precision: Precision | None = None
     """Of the adapter's weights; None: the model's. (peft by itself makes them fp32 on a bf16 model.)"""
     dropout: bool = False
+    start: bool = False
+    """A frozen second pair takes the start off."""
     whole: tuple[Literal["lm_head", "embed_tokens"], ...] = ()
     """Modules trained whole beside the adapters."""
 

@@ -61,6 +61,8 @@ def weights_of(shape: ModelShape, training: Training) -> Weights:
     if training.adapter is None:
         return Weights(bytes=whole, parameters=shape.parameters, trained=trained, largest=largest)
     adapters = shape.layers * training.trained_in_layer(shape)
+    if training.adapter.start:
+        adapters *= 2
     copies = sum(training.trained_outside(shape))  # peft trains a copy of a module it saves and keeps the original
     size = whole + copies * training.width_bytes + adapters * training.adapter_width_bytes
     return Weights(bytes=size, parameters=shape.parameters, trained=trained, largest=largest)

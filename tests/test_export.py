@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export, export_check
+from farspan.trainer.adapters.lora import start as lora_start
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca.apply import COLUMNS, add_columns
 from farspan.trainer.adapters.paca.files import load as load_columns
@@ -185,6 +186,33 @@ def test_a_merge_into_a_quantized_base_is_of_the_weights_that_were_trained_on(tm
         live.get_parameter(name).data.copy_(master)
     torch.testing.assert_close(_logits(merged), _logits(live), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(_logits(merged), trained.logits(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_did_not_start_at_zero_opens_on_the_untouched_base(
+    tmp_path: Path, init: Any, rslora: bool
+) -> None:
+    """Twice the rank, in peft; merged too."""
+    adapter = LoRA(rank=3, alpha=6.0, init=init, rslora=rslora)
+    trained = Trained(tmp_path / "run", adapter=adapter)
+    fresh: Any = add_adapter(_opened(trained.folder.base_model, torch.float32), adapter, seed=0)
+    for layer in lora_start.lora_layers(fresh).values():
+        lora_start.begin(layer, *lora_start.from_weights(layer, adapter))
+    save_file(lora_start.pairs(fresh), trained.folder.adapter_start)
+    lora_start.restore(trained.live, lora_start.pairs(fresh))
+    for name, master in trained.masters.items():
+        trained.live.get_parameter(name).data.copy_(master)
+    want = trained.logits()
+    trained.export(tmp_path / "out", start=trained.folder.adapter_start)
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert told["r"] == 6 and told["init_lora_weights"] is True and not told["use_rslora"]
+    opened = PeftModel.from_pretrained(_opened(trained.folder.base_model, torch.float32), tmp_path / "out")
+    torch.testing.assert_close(_logits(opened), want, rtol=1e-4, atol=1e-5)
+    trained.export(tmp_path / "merged", merged=True, start=trained.folder.adapter_start)
+    torch.testing.assert_close(_logits(_opened(tmp_path / "merged", torch.float32)), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(CheckpointError, match="where the adapter started is not known"):
+        trained.export(tmp_path / "lost")
 
 
 @pytest.mark.parametrize("group", [None, 16])

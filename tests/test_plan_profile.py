@@ -34,6 +34,7 @@ from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, StoredAs, 
 from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
 from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.lora.start import reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
 from farspan.trainer.bases.load import quantize
@@ -149,6 +150,8 @@ def decoder_layer(
         share = 0.1 if adapter.dropout else 0.0
         options = LoraConfig(r=adapter.rank, target_modules="all-linear", lora_dropout=share)
         adapted = get_peft_model(model, options, autocast_adapter_dtype=adapter.precision == "fp32")
+        if adapter.start:
+            reserve(adapted)
         if adapter.precision is None:
             install(adapted)
     if tile is not None:
@@ -173,6 +176,7 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("olmo2", "fp32", LORA, None, None),
         ("llama", "bf16", LORA, None, None),
         ("llama", "bf16", AdapterShape(rank=8, dropout=True), None, None),
+        ("llama", "bf16", AdapterShape(rank=64, start=True), None, None),
         ("llama", "fp32", AdapterShape(rank=8, dropout=True), None, None),
         ("phi3", "bf16", LORA, None, None),
         ("llama", "bf16", COLUMNS, None, None),

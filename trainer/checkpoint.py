@@ -388,6 +388,7 @@ class Checkpointer:
             dtype=spec.precision,
             seed=spec.optim.seed,
             stored=spec.base,
+            start=self._folder.adapter_start,
         )
 
 

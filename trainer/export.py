@@ -19,6 +19,7 @@ A folder is reported only after `farspan.trainer.export_check` has opened it aga
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -37,6 +38,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export_check
+from farspan.trainer.adapters.lora.start import START_A, START_B, STARTED
 from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
 from farspan.trainer.adapters.peqa import files as peqa
@@ -106,6 +108,7 @@ def export_checkpoint(
     verify: bool = True,
     seed: int = 0,
     stored: Base | None = None,
+    start: Path | None = None,
 ) -> ExportReport:
     """Write a HF or PEFT folder from a checkpoint.
 
@@ -122,6 +125,7 @@ def export_checkpoint(
         merged: fold LoRA into the base's weights. A full fine-tune is whole already.
         verify: reopen and compare.
         seed: the run's, from which columns to train were drawn.
+        start: where LoRA started, for an initialisation that is not zero; written beside the run's checkpoints.
         stored: how the base was stored; a merged export is of the weights that this stands for.
 
     Raises:
@@ -140,7 +144,9 @@ def export_checkpoint(
     base = _base_folder(model, base_model_dir)
     stored = stored or Unquantized()
     streams, adapter = (adapter, adapter.inside) if isinstance(adapter, Reversible) else (None, adapter)
-    job = _Export(StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed, stored)
+    job = _Export(
+        StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed, stored, start
+    )
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
         if isinstance(adapter, FullFineTune):
@@ -187,6 +193,7 @@ class _Export:
     verify: bool
     seed: int
     stored: Base
+    start: Path | None
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights: names, shapes, tied weights."""
@@ -249,6 +256,10 @@ def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, .
     trainable = {name: p for name, p in skeleton.named_parameters() if p.requires_grad}
     job.require_parameters(trainable)
     live = {name: job.trained(name, tuple(parameter.shape)) for name, parameter in trainable.items()}
+    if adapter.init in STARTED:
+        adapter, live = _difference(job, adapter, live)
+        with torch.device("meta"):
+            skeleton = add_adapter(job.skeleton(), adapter, seed=0)
     saved = get_peft_model_state_dict(skeleton, state_dict=live, save_embedding_layers=False)
     assert len(saved) == len(live), "peft left trained tensors out of the adapter"
 
@@ -360,6 +371,36 @@ def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, .
     return {reversible.name_on_disk(name): tuple(tensor.shape) for name, tensor in weights.items()}
 
 
+def _difference(job: _Export, adapter: LoRA, live: dict[str, Tensor]) -> tuple[LoRA, dict[str, Tensor]]:
+    """A plain LoRA of twice the rank: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
+    if job.start is None or not job.start.exists():
+        raise CheckpointError(
+            "where the adapter started is not known",
+            at=str(job.start),
+            why=f"with adapter.init={adapter.init} what was trained is the difference to it",
+            try_="export from the run folder, which has adapter_start.safetensors",
+        )
+    kept = load_file(job.start)
+    assert adapter.alpha is not None
+    scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+    twice = LoRA(
+        rank=2 * adapter.rank,
+        alpha=scale * 2 * adapter.rank,
+        dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        modules_to_save=adapter.modules_to_save,
+    )
+    found = {}
+    for name, tensor in live.items():
+        layer, _, last = name.partition(".lora_")
+        if last.startswith("A."):
+            tensor = torch.cat([tensor, kept[f"{layer}.{START_A}"].to(tensor.dtype)], 0)
+        elif last.startswith("B."):
+            tensor = torch.cat([tensor, -kept[f"{layer}.{START_B}"].to(tensor.dtype)], 1)
+        found[name] = tensor
+    return twice, found
+
+
 def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Returns names and shapes on disk, and what was compared."""
     from peft.tuners.lora.layer import LoraLayer
@@ -368,9 +409,14 @@ def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ..
     adapted: Any = add_adapter(whole, adapter, seed=0)
     trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     job.require_parameters(trainable)
+    live = {name: job.trained(name, tuple(parameter.shape)) for name, parameter in trainable.items()}
+    if adapter.init in STARTED:
+        adapter, live = _difference(job, adapter, live)
+        adapted = add_adapter(job.whole(), adapter, seed=0)
+        trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(job.trained(name, tuple(parameter.shape)))
+            parameter.copy_(live[name])
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
                 module.float()  # peft's own merge, in fp32: one rounding instead of two, one matrix at a time

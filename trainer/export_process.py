@@ -37,6 +37,7 @@ class ExportRequest(Schema):
     verify: bool = True
     seed: int = 0
     stored: Base = Unquantized()
+    start: Path | None = None
 
 
 def export_in_process(request: ExportRequest, *, timeout_s: float) -> dict[str, Any]:

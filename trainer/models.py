@@ -28,6 +28,7 @@ from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.lora.start import STARTED, reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
 from farspan.trainer.adapters.reversible.apply import couple
@@ -274,7 +275,7 @@ def add_adapter(
         target_modules=targets,
         modules_to_save=list(adapter.modules_to_save) or None,
         use_rslora=adapter.rslora,
-        init_lora_weights=True if adapter.init == "default" else adapter.init,
+        init_lora_weights=True if adapter.init in ("default", *STARTED) else adapter.init,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -283,6 +284,8 @@ def add_adapter(
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
             raise no_such_target(model, str(error).split("\n", maxsplit=1)[0]) from error
+    if adapter.init in STARTED:
+        reserve(adapted)
     install(adapted)
     return adapted
 

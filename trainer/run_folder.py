@@ -1,8 +1,8 @@
 """The run folder: every path a run writes, in one place, and the atomic way to write a small file.
 
-outputs/<name>/{job.json, resolved.json, plan.json, kernels.json, trace.json, metrics.jsonl, events.jsonl, status.json,
-                logs/attempt_<n>/<role>-<rank>.log, checkpoints/step_<n>/{manifest.json, state/, export/},
-                base_model/, tensorboard/, report.html}
+outputs/<name>/{job.json, resolved.json, plan.json, kernels.json, adapter_start.safetensors, trace.json,
+                metrics.jsonl, events.jsonl, status.json, logs/attempt_<n>/<role>-<rank>.log,
+                checkpoints/step_<n>/{manifest.json, state/, export/}, base_model/, tensorboard/, report.html}
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class RunFolder:
     def kernels(self) -> Path:
         """Which kernels were found to be fastest; attempts that resume use the same."""
         return self.root / "kernels.json"
+
+    @property
+    def adapter_start(self) -> Path:
+        """Where an adapter that does not start at zero started; part of every checkpoint's meaning."""
+        return self.root / "adapter_start.safetensors"
 
     @property
     def trace(self) -> Path:

@@ -11,21 +11,25 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from farspan.errors import NonFinite
 from farspan.memory.addresses import TwoLevels
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
+from farspan.trainer.adapters.config import inner
+from farspan.trainer.adapters.lora import start
 from farspan.trainer.addresses import PlannedAddresses, planned_arena
 from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.batch import rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
-from farspan.trainer.config import OnTooLong, RandomModel, TrainSpec
+from farspan.trainer.config import LoRA, OnTooLong, RandomModel, TrainSpec
 from farspan.trainer.data.packing import Pack, PackedStream, validation_packs
 from farspan.trainer.data.store import TokenStore
 from farspan.trainer.engine import make_engine
@@ -75,6 +79,7 @@ class Trainer:
         module, trainable = models.build(spec, self.grid.device, self.tiers)
         self._choose_attention(module)
         self._self_test(module)
+        self._start_adapter(module)
         self.engine = make_engine(
             module,
             trainable,
@@ -292,6 +297,38 @@ class Trainer:
                     "layers do not give the same bits twice here: they store their inputs, which takes more memory "
                     "than planned (adapter.store=inputs plans it)",
                 )
+
+    def _start_adapter(self, module: models.CausalLMLoss) -> None:
+        """Where LoRA starts, if not at zero: decided once for all attempts of a run."""
+        adapter = inner(self.spec.adapter)
+        if not isinstance(adapter, LoRA) or adapter.init not in start.STARTED:
+            return
+        self.progress.phase("adapter", planned_s=FIRST_TIME_S)
+        kept = self.folder.adapter_start
+        if not kept.exists():
+            if adapter.init == "lora_ga":
+                probe = partial(self._probe, module, adapter)
+                start.from_gradients(module.model, adapter, probe, seed=self.spec.optim.seed)
+            elif self.grid.rank == 0:
+                for layer in start.lora_layers(module.model).values():
+                    start.begin(layer, *start.from_weights(layer, adapter))
+            if self.grid.rank == 0:
+                beside = kept.with_name(f".{kept.name}.tmp")
+                save_file(start.pairs(module.model), beside)
+                beside.replace(kept)
+            if self.grid.world_size > 1:
+                dist.barrier()
+        start.restore(module.model, load_file(kept))  # on all ranks the same bits
+        if self.grid.rank == 0:
+            self.progress.event("adapter", f"starts at {adapter.init}, with a frozen pair that takes the start off")
+
+    def _probe(self, module: models.CausalLMLoss, adapter: LoRA) -> None:
+        """Gradients of the first packs, of this dp group's share."""
+        for index in range(self.grid.dp_index, max(adapter.init_packs, self.spec.mesh.dp), self.spec.mesh.dp):
+            pack = self.stream.pack(index)
+            rows = self._rows(pack)
+            loss = module(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
+            (loss / max(pack.trained_tokens, 1)).backward()
 
     def _set_range(self, module: models.CausalLMLoss) -> None:
         """Bits behind the point of reversible streams: as in the checkpoint, or from the first pack's hidden states."""

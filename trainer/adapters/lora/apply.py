@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from farspan.errors import JobError
 from farspan.memory.frame import current
+from farspan.trainer.adapters.lora.start import PROBE, START_A, START_B
 from farspan.trainer.bases.linear import QuantizedLinear
 
 
@@ -38,11 +40,19 @@ def install(model: nn.Module) -> int:
 def _forward(layer: Any, of_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapter = _plain_adapter(layer, x) if not args and not kwargs else None
     if adapter is None:
+        if hasattr(layer, START_A) and not layer.disable_adapters:
+            raise JobError(
+                "an adapter with a frozen start was to run by peft's own forward",
+                at="adapter.init",
+                why="peft knows nothing of the second pair, and runs where weights are gathered (ZeRO-3) or merged",
+                try_="--set parallel.zero=2, or --set adapter.init=default",
+            )
         return of_peft(x, *args, **kwargs)
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dropout = layer.lora_dropout[adapter]
     share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share)
+    start = (getattr(layer, START_A), getattr(layer, START_B)) if hasattr(layer, START_A) else None
+    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share, start)
 
 
 def _plain_adapter(layer: Any, x: Tensor) -> str | None:
@@ -65,10 +75,19 @@ def _plain_adapter(layer: Any, x: Tensor) -> str | None:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x [..., C], A [r, C], B [N, r] -> [..., N]."""
+    """x [..., C], A [r, C], B [N, r] -> [..., N]. `start`: a frozen A and B whose product is taken off."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float, share: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        base: nn.Linear,
+        scale: float,
+        share: float,
+        start: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         frame = current()
         if frame is not None:
             frame.output_is_held = False
@@ -79,7 +98,9 @@ class _LoRALinear(torch.autograd.Function):
         low_Rr = (x_RC if ctx.key is None else x_RC * _mask(x_RC, ctx.key, share)) @ a.t()
         y_RN = y.view(-1, y.shape[-1])
         y_RN = torch.addmm(y_RN, low_Rr, b.t(), alpha=scale) if held else y_RN.addmm_(low_Rr, b.t(), alpha=scale)
-        ctx.base, ctx.scale, ctx.share = base, scale, share
+        if start is not None:
+            y_RN.addmm_(x_RC @ start[0].t(), start[1].t(), alpha=-scale)
+        ctx.base, ctx.scale, ctx.share, ctx.start = base, scale, share, start
         ctx.save_for_backward(x, low_Rr, a, b)
         return y_RN.view(y.shape)
 
@@ -88,6 +109,9 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, low_Rr, a, b = ctx.saved_tensors
         x_RC, dy_RN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        probe = getattr(ctx.base, PROBE, None)
+        if probe is not None:
+            probe(x_RC, dy_RN)
         dlow_Rr = (dy_RN @ b).mul_(ctx.scale)
         db = (dy_RN.t() @ low_Rr).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
         mask = None if ctx.key is None else _mask(x_RC, ctx.key, ctx.share)
@@ -99,8 +123,10 @@ class _LoRALinear(torch.autograd.Function):
                 dx.addmm_(dlow_Rr, a)
             else:
                 dx.add_((dlow_Rr @ a).mul_(mask))
+            if ctx.start is not None:
+                dx.addmm_(dy_RN @ ctx.start[1], ctx.start[0], alpha=-ctx.scale)
             dx = dx.view(x.shape)
-        return dx, da, db, None, None, None
+        return dx, da, db, None, None, None, None
 
 
 def _mask(x_RC: Tensor, key: int, share: float) -> Tensor:

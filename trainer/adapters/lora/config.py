@@ -23,6 +23,11 @@ class LoRA(Schema):
     """Modules trained whole and stored beside the adapter (`lm_head`, `embed_tokens`)."""
     rslora: bool = False
     """Scale by sqrt(rank), so that high ranks learn as fast. Source: Kalajdzievski, rsLoRA, 2023."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How A (and, for `orthogonal`, B) start: peft's uniform, normal, or orthogonal halves whose product is zero. None
-    of them changes the base, so that the adapter opens on the base it was made for."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"] = "default"
+    """How A and B start: peft's uniform, normal, or orthogonal halves whose product is zero; or not at zero, from the
+    weights (`pissa`, `olora`) or from the gradient of some packs (`lora_ga`), with a frozen second pair that takes the
+    start off again. The base stays as it is; such an adapter is exported with twice the rank."""
+    gamma: float = Field(default=16.0, gt=0)
+    """lora_ga: A and B start at out^(1/4) / sqrt(gamma)."""
+    init_packs: int = Field(default=8, ge=1)
+    """lora_ga: packs whose gradient is taken before the first step, all dp groups together."""
