@@ -84,8 +84,9 @@ def test_from_the_weights_as_peft_has_it(init: str) -> None:
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_sketch_knows_the_singular_vectors() -> None:
+def test_a_sketch_knows_the_singular_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular values to 1 %, the rank 2r truncation too, on a spectrum like a gradient's; less memory than it."""
+    monkeypatch.setattr(start, "WHOLE_SUM", 0)
     torch.manual_seed(0)
     outputs, inputs, r = 300, 500, 8
     u, v = torch.linalg.qr(torch.randn(outputs, outputs))[0], torch.linalg.qr(torch.randn(inputs, inputs))[0]
@@ -109,7 +110,7 @@ def test_a_sketch_knows_the_singular_vectors() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_the_first_step_of_lora_ga_goes_along_the_gradient(dropout: float) -> None:
-    """s^2 (B B^T G + G A^T A) against the best rank 2r approximation of the whole gradient G: cosine 1.00, sketched."""
+    """s^2 (B B^T G + G A^T A) against the best rank 2r approximation of the whole gradient G: cosine 1.000."""
     whole = Model(adapter=FullFineTune())
     whole.causal.double()  # in fp32 the gradients of q and k at such a start are half noise
     gradients = whole.gradients([S], micro_batches=1)
@@ -127,7 +128,7 @@ def test_the_first_step_of_lora_ga_goes_along_the_gradient(dropout: float) -> No
         u, s, vh = torch.linalg.svd(g, full_matrices=False)
         best = (u[:, : 2 * RANK] * s[: 2 * RANK]) @ vh[: 2 * RANK]
         cosine = float((step * best).sum() / step.norm() / best.norm())
-        assert cosine > 0.999, (name, cosine)
+        assert cosine > 0.9999, (name, cosine)
         # A^T and B are orthonormal times out^(1/4) / sqrt(gamma)
         size = layer.get_base_layer().out_features ** 0.5 / adapter.gamma
         for square in (a @ a.t(), b.t() @ b):

@@ -35,6 +35,8 @@ PASSES = 4
 """Over the packs whose gradient is taken; even."""
 WHOLE_SVD = 1024
 """Matrices no wider are decomposed whole; wider ones by subspace iteration."""
+WHOLE_SUM = 1 << 20
+"""Elements of a gradient that is added up whole: 4 MiB."""
 PROBE = "gradient_probe"
 """Attribute of a base layer: called with input and output gradient in backward."""
 
@@ -84,12 +86,12 @@ class Sketch:
     """The leading singular vectors of a gradient G [out, in] that is too large to be formed.
 
     Found by subspace iteration over passes of the same rows: G omega gives a basis of the range, its product with G a
-    basis of the rows, and so on. A matrix that is no larger than its sketch is added up whole in each pass instead.
+    basis of the rows, and so on. A small matrix is added up whole in each pass instead.
     """
 
     def __init__(self, name: str, outputs: int, inputs: int, rank: int, seed: int, device: torch.device) -> None:
         k = min(2 * rank + OVERSAMPLE, inputs, outputs)
-        self.whole = outputs * inputs <= k * (outputs + inputs)
+        self.whole = outputs * inputs <= max(WHOLE_SUM, k * (outputs + inputs))
         draw = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
         self.right = torch.linalg.qr(torch.randn(inputs, k, generator=draw))[0].to(device)
         """Orthonormal [in, k], given to G in the passes before the basis of its range is known."""
