@@ -374,6 +374,13 @@ class _Resolution:
                 why="the frozen pair that takes the start off is no parameter, and peft's own forward runs there",
                 try_="--set parallel.zero=2, or --set adapter.init=default",
             )
+        if isinstance(inside, LoRA) and inside.dora and inside.init not in ("default", "gaussian"):
+            raise JobError(
+                f"DoRA does not start at {inside.init}",
+                at=self._at("adapter.init"),
+                why="its lengths of rows are those of the pretrained weights, to which B A must add nothing at first",
+                try_="--set adapter.init=default",
+            )
         if not isinstance(adapter, Reversible):
             return self._with_alpha(adapter, "adapter")
         if self.job.memory.plan == "keep":

@@ -51,6 +51,13 @@ def analytic_profile(
     forms = {shape.form(layer).name: shape.form(layer) for layer in range(shape.layers)}
     for form in forms.values():
         _require_counted(form)
+    if training.adapter is not None and training.adapter.dora:
+        raise NoProfile(
+            "layers with DoRA have no analytic profile",
+            at="adapter.dora",
+            why="it runs by peft's operators, which make each adapted matrix and its row lengths anew",
+            try_="plan with a measured profile of this model",
+        )
     head_split(shape, training.sp)
     return Profile(
         device=hardware.name,

@@ -107,6 +107,8 @@ class AdapterShape(Schema):
     precision: Precision | None = None
     """Of the adapter's weights; None: the model's. (peft by itself makes them fp32 on a bf16 model.)"""
     dropout: bool = False
+    dora: bool = False
+    """Lengths of rows trained apart; what peft's operators keep for it is not counted."""
     start: bool = False
     """A frozen second pair takes the start off."""
     whole: tuple[Literal["lm_head", "embed_tokens"], ...] = ()
@@ -208,6 +210,7 @@ class Training(Schema):
         if self.adapter.kind == "scales":
             return sum(o * (1 if self.adapter.group is None else i // self.adapter.group) for i, o in adapted) + beside
         inputs = 0 if self.adapter.kind == "columns" else sum(i for i, _ in adapted)
+        beside += sum(o for _, o in adapted) * self.adapter.dora
         return self.adapter.rank * (inputs + sum(o for _, o in adapted)) + beside
 
     def trained_outside(self, shape: ModelShape) -> tuple[int, int]:

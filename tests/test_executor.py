@@ -30,6 +30,7 @@ ADAPTERS = {
     "full": FullFineTune(),
     "lora": LoRA(rank=4),
     "dropout": LoRA(rank=4, dropout=0.2),
+    "dora": LoRA(rank=4, dora=True),
     "paca": PaCA(rank=4),
     "peqa": PEQA(bits=3),
     "peqa, groups": PEQA(bits=4, group=16),

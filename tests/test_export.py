@@ -215,6 +215,17 @@ def test_an_adapter_that_did_not_start_at_zero_opens_on_the_untouched_base(
         trained.export(tmp_path / "lost")
 
 
+def test_dora_opens_in_peft(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "run", adapter=LoRA(rank=4, dora=True))
+    want = trained.logits()
+    trained.export(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is True
+    opened = PeftModel.from_pretrained(_opened(trained.folder.base_model, torch.float32), tmp_path / "out")
+    torch.testing.assert_close(_logits(opened), want, rtol=1e-5, atol=1e-6)
+    trained.export(tmp_path / "merged", merged=True)
+    torch.testing.assert_close(_logits(_opened(tmp_path / "merged", torch.float32)), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("group", [None, 16])
 def test_trained_scales_open_again(tmp_path: Path, group: int | None) -> None:
     """As scales on the integers made again from the base, and as the model in 16 bits that both stand for."""

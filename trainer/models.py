@@ -28,7 +28,7 @@ from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
-from farspan.trainer.adapters.lora.start import STARTED, reserve
+from farspan.trainer.adapters.lora.start import STARTED, lora_layers, reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
 from farspan.trainer.adapters.reversible.apply import couple
@@ -275,6 +275,7 @@ def add_adapter(
         target_modules=targets,
         modules_to_save=list(adapter.modules_to_save) or None,
         use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         init_lora_weights=True if adapter.init in ("default", *STARTED) else adapter.init,
         task_type="CAUSAL_LM",
     )
@@ -286,6 +287,8 @@ def add_adapter(
             raise no_such_target(model, str(error).split("\n", maxsplit=1)[0]) from error
     if adapter.init in STARTED:
         reserve(adapted)
+    for layer in lora_layers(adapted).values() if adapter.dora else ():
+        layer.get_base_layer().reads_output = True  # the lengths of rows are multiplied with it
     install(adapted)
     return adapted
 

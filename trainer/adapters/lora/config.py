@@ -23,6 +23,9 @@ class LoRA(Schema):
     """Modules trained whole and stored beside the adapter (`lm_head`, `embed_tokens`)."""
     rslora: bool = False
     """Scale by sqrt(rank), so that high ranks learn as fast. Source: Kalajdzievski, rsLoRA, 2023."""
+    dora: bool = False
+    """Train the length of each row of the adapted matrix apart from its direction. Runs by peft's own forward, whose
+    cost has to be measured. Source: Liu et al., DoRA, 2024."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"] = "default"
     """How A and B start: peft's uniform, normal, or orthogonal halves whose product is zero; or not at zero, from the
     weights (`pissa`, `olora`) or from the gradient of some packs (`lora_ga`), with a frozen second pair that takes the
