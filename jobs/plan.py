@@ -235,6 +235,7 @@ def training_of(train: TrainSpec) -> Training:
             targets=None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets),
             dropout=inside.dropout > 0,
             dora=inside.dora,
+            keep_rows=inside.keep_rows,
             start=inside.init in ("pissa", "olora", "lora_ga"),
             whole=tuple(n for n in WHOLE_MODULES if n in inside.modules_to_save),
         )

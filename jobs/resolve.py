@@ -381,6 +381,13 @@ class _Resolution:
                 why="its lengths of rows are those of the pretrained weights, to which B A must add nothing at first",
                 try_="--set adapter.init=default",
             )
+        if isinstance(inside, LoRA) and inside.keep_rows < 1 and (self.zero == 3 or inside.dora):
+            raise JobError(
+                "a share of the rows needs LoRA layers of one node",
+                at=self._at("adapter.keep_rows"),
+                why="under ZeRO-3 and with DoRA peft's own forward runs, which stores every row",
+                try_="--set adapter.keep_rows=1, or --set parallel.zero=2",
+            )
         if not isinstance(adapter, Reversible):
             return self._with_alpha(adapter, "adapter")
         if self.job.memory.plan == "keep":

@@ -349,10 +349,16 @@ def _autocast_state() -> dict[str, tuple[bool, torch.dtype, bool]]:
 
 
 def random_state(layer: nn.Module, device: torch.device) -> Random:
-    """Generator states before a layer in which something drops out."""
-    if not any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in layer.modules()):
+    """Generator states before a layer in which something is drawn."""
+    if not any(_draws(module) for module in layer.modules()):
         return None
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _draws(module: nn.Module) -> bool:
+    if isinstance(module, nn.Dropout):
+        return module.p > 0 and module.training
+    return module.training and hasattr(module, "row_sampler")
 
 
 def _refuse_gradients_by_keyword(index: int, call: partial[Any]) -> None:

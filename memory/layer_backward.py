@@ -149,7 +149,8 @@ class LayerRun(LayerForward):
         inputs, outputs = self.linears[name]
         e, adapter = self.e, self.training.adapter
         assert adapter is not None
-        self.need(source, f"{name} A")
+        kept = self.stored_input(source, inputs)
+        self.need(kept, f"{name} A")
         self.traffic += 2 * e * (inputs + outputs)
         self.make(f"d {name} A", e * adapter.rank)
         if adapter.dropout:
@@ -166,7 +167,7 @@ class LayerRun(LayerForward):
             self.traffic += 2 * e * (inputs + outputs)
         self.drop(f"d {name} A")
         self.drop(*[g] * (not keep))
-        self.used(source, f"{name} A")
+        self.used(kept, f"{name} A")
         self.arrive(source, dx, e * inputs, owns=False)
 
     def adapter_backward(self, name: str, g: str, source: str, *, keep: bool) -> str:

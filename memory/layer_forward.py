@@ -237,9 +237,21 @@ class LayerForward(Ledger):
         if adapter.start:
             self.drop(self.make(f"{name} start", e * adapter.rank))
             self.traffic += e * (inputs + 2 * outputs)
-        self.keep_for_backward(f"{name} adapter", source, f"{name} A")
-        self.drop(f"{name} A")
+        kept = self.stored_input(source, inputs)
+        self.keep_for_backward(f"{name} adapter", kept, f"{name} A")
+        self.drop(f"{name} A", *[kept] * (self.grad and kept != source))
         return name
+
+    def stored_input(self, source: str, inputs: int) -> str:
+        """What an adapter stores of its input: all, or some rows with indices and weights, once for all readers."""
+        adapter = self.training.adapter
+        assert adapter is not None
+        if adapter.keep_rows == 1:
+            return source
+        rows = f"{source}, some rows"
+        if self.grad and rows not in self.sizes:
+            self.make(rows, adapter.keep_rows * (self.e * inputs + 8 + FP32), reads=self.e * inputs)
+        return rows
 
     def attention(self, source: str) -> str:
         """q, k, v with their norms and rotary embedding, attention, out-projection; lets `source` go."""

@@ -107,6 +107,8 @@ class AdapterShape(Schema):
     precision: Precision | None = None
     """Of the adapter's weights; None: the model's. (peft by itself makes them fp32 on a bf16 model.)"""
     dropout: bool = False
+    keep_rows: float = Field(default=1.0, gt=0, le=1)
+    """Share of the input's rows that are stored."""
     dora: bool = False
     """Lengths of rows trained apart; what peft's operators keep for it is not counted."""
     start: bool = False

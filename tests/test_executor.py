@@ -31,6 +31,7 @@ ADAPTERS = {
     "lora": LoRA(rank=4),
     "dropout": LoRA(rank=4, dropout=0.2),
     "dora": LoRA(rank=4, dora=True),
+    "some rows": LoRA(rank=4, keep_rows=0.3, dropout=0.1),
     "paca": PaCA(rank=4),
     "peqa": PEQA(bits=3),
     "peqa, groups": PEQA(bits=4, group=16),

@@ -33,7 +33,7 @@ from farspan.memory.saved import saved_on_host
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, StoredAs, Training
 from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
-from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.lora.apply import install, keep_rows
 from farspan.trainer.adapters.lora.start import reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
@@ -154,6 +154,8 @@ def decoder_layer(
             reserve(adapted)
         if adapter.precision is None:
             install(adapted)
+        if adapter.keep_rows < 1:
+            keep_rows(adapted, adapter.keep_rows)
     if tile is not None:
         tile_mlp(model, tile)
     model.train()
@@ -177,6 +179,8 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("llama", "bf16", LORA, None, None),
         ("llama", "bf16", AdapterShape(rank=8, dropout=True), None, None),
         ("llama", "bf16", AdapterShape(rank=64, start=True), None, None),
+        ("llama", "bf16", AdapterShape(rank=8, keep_rows=0.25), None, None),
+        ("qwen3", "fp32", AdapterShape(rank=8, keep_rows=0.5), 256, None),
         ("llama", "fp32", AdapterShape(rank=8, dropout=True), None, None),
         ("phi3", "bf16", LORA, None, None),
         ("llama", "bf16", COLUMNS, None, None),

@@ -27,7 +27,7 @@ from farspan.memory.plan import Placement
 from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
 from farspan.trainer.adapters.layers import decoder_layers
-from farspan.trainer.adapters.lora.apply import install
+from farspan.trainer.adapters.lora.apply import install, keep_rows
 from farspan.trainer.adapters.lora.start import STARTED, lora_layers, reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
@@ -290,6 +290,8 @@ def add_adapter(
     for layer in lora_layers(adapted).values() if adapter.dora else ():
         layer.get_base_layer().reads_output = True  # the lengths of rows are multiplied with it
     install(adapted)
+    if adapter.keep_rows < 1:
+        keep_rows(adapted, adapter.keep_rows)
     return adapted
 
 

@@ -29,6 +29,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "model": ("fixed", _SAME_PARAMETERS),
     "adapter": ("fixed", _SAME_PARAMETERS),
     "adapter.dropout": ("said", "the next steps drop another share"),
+    "adapter.keep_rows": ("said", "the next steps estimate A's gradient from another share of the rows"),
     "adapter.init_packs": ("free", "the start was found before the first step"),
     "adapter.inside.dropout": ("said", "the next steps drop another share"),
     "adapter.store": ("free", "the same steps from what is stored instead of computed back"),

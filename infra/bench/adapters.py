@@ -35,6 +35,7 @@ from farspan.memory.allocations import footprint
 from farspan.memory.config import Tiles
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.trainer.adapters.layers import decoder_layers
+from farspan.trainer.adapters.lora import start as lora_start
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
 from farspan.trainer.config import PEQA, Adapter, FullFineTune, LoRA, Optim, PaCA, Reversible
@@ -48,7 +49,7 @@ SEQUENCES = 4
 SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
 LORA = LoRA(rank=8, alpha=16.0)
-LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 PLAIN = Unquantized()
@@ -70,7 +71,7 @@ class Method:
 
 
 METHODS = {
-    "full fine-tuning": Method(FullFineTune(), rates=(1e-4, 2e-4, 4e-4, 8e-4)),
+    "full fine-tuning": Method(FullFineTune(), rates=(2e-4, 4e-4, 8e-4, 1.6e-3)),
     "LoRA, peft's default": Method(LORA, how="peft"),
     "LoRA": Method(LORA),
     "LoRA, dropout 0.05": Method(LORA.model_copy(update={"dropout": 0.05})),
@@ -79,16 +80,20 @@ METHODS = {
     "reversible 1, 2 bits, width 16, LoRA": Method(Reversible(wiring=1, bits=2, width=16, inside=LORA)),
     "reversible 2, 3 bits, width 16, LoRA": Method(Reversible(wiring=2, bits=3, width=16, inside=LORA)),
     "reversible 3, 3 bits, LoRA": Method(Reversible(wiring=3, bits=3, inside=LORA)),
-    "PaCA": Method(PaCA(rank=16), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "PaCA": Method(PaCA(rank=16), rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)),
     "reversible 1, 3 bits, PaCA": Method(
-        Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)
+        Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
     ),
+    "LoRA from pissa": Method(LORA.model_copy(update={"init": "pissa"})),
+    "LoRA from lora_ga": Method(LORA.model_copy(update={"init": "lora_ga"})),
+    "LoRA, 30 % of the rows": Method(LORA.model_copy(update={"keep_rows": 0.3})),
+    "DoRA": Method(LORA.model_copy(update={"dora": True})),
     "LoRA on int8": Method(LORA, Int8()),
     "LoRA on nf4": Method(LORA, NF4()),
-    "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)),
     "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
-    "PEQA, 4 bits": Method(PEQA(bits=4), rates=(1e-5, 3e-5, 1e-4, 3e-4)),
-    "PEQA, 3 bits": Method(PEQA(bits=3), rates=(1e-5, 3e-5, 1e-4, 3e-4)),
+    "PEQA, 4 bits": Method(PEQA(bits=4), rates=(3e-5, 1e-4, 3e-4, 1e-3)),
+    "PEQA, 3 bits": Method(PEQA(bits=3), rates=(3e-5, 1e-4, 3e-4, 1e-3)),
 }
 
 
@@ -120,6 +125,13 @@ class Run:
                 seed=seed,
                 placement=placement if method.rebuilt else None,
             )
+        adapter = method.adapter
+        if isinstance(adapter, LoRA) and adapter.init == "pissa":
+            for layer in lora_start.lora_layers(self.module.model).values():
+                lora_start.begin(layer, *lora_start.from_weights(layer, adapter))
+        if isinstance(adapter, LoRA) and adapter.init == "lora_ga":
+            probe = batch(domain()[0], SEQUENCES, torch.Generator().manual_seed(100 + seed))
+            lora_start.from_gradients(self.module.model, adapter, lambda: self.loss(probe).backward(), seed=seed)
         if method.how == "checkpoint":
             for layer in layers:
                 layer.gradient_checkpointing = True  # type: ignore[assignment]

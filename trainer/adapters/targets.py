@@ -7,6 +7,9 @@ from torch import nn
 from farspan.errors import JobError
 from farspan.trainer.adapters.layers import decoder_layers
 
+SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+"""Linear layers of a block that read the same input."""
+
 
 def target_linears(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str, nn.Linear]:
     """Linear layers by their name in `model`.

@@ -23,8 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from farspan.errors import JobError
 from farspan.memory.frame import current
+from farspan.trainer.adapters.lora.rows import KeptRows, RowSampler
 from farspan.trainer.adapters.lora.start import PROBE, START_A, START_B
+from farspan.trainer.adapters.targets import SHARED
 from farspan.trainer.bases.linear import QuantizedLinear
+
+ROWS = "row_sampler"
 
 
 def install(model: nn.Module) -> int:
@@ -35,6 +39,18 @@ def install(model: nn.Module) -> int:
     for layer in layers:
         layer.forward = partial(_forward, layer, layer.forward)
     return len(layers)
+
+
+def keep_rows(model: nn.Module, share: float) -> None:
+    """Have every LoRA layer store that share of its input's rows; layers of one block that read the same share them."""
+    from peft.tuners.lora import Linear
+
+    samplers: dict[str, RowSampler] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            block, _, last = name.rpartition(".")
+            sampler = samplers.setdefault(f"{block}.{SHARED.get(last, last)}", RowSampler(share))
+            setattr(layer, ROWS, sampler)
 
 
 def _forward(layer: Any, of_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,8 +67,11 @@ def _forward(layer: Any, of_peft: Callable[..., Tensor], x: Tensor, *args: Any, 
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dropout = layer.lora_dropout[adapter]
     share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    kept = None
+    if hasattr(layer, ROWS) and layer.training:
+        kept = getattr(layer, ROWS).of(x, wanted=torch.is_grad_enabled())
     start = (getattr(layer, START_A), getattr(layer, START_B)) if hasattr(layer, START_A) else None
-    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share, start)
+    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share, start, kept)
 
 
 def _plain_adapter(layer: Any, x: Tensor) -> str | None:
@@ -75,7 +94,10 @@ def _plain_adapter(layer: Any, x: Tensor) -> str | None:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x [..., C], A [r, C], B [N, r] -> [..., N]. `start`: a frozen A and B whose product is taken off."""
+    """x [..., C], A [r, C], B [N, r] -> [..., N].
+
+    `start`: a frozen A and B whose product is taken off. `kept`: the rows of x that A's gradient is made from.
+    """
 
     @staticmethod
     def forward(
@@ -87,6 +109,7 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         share: float,
         start: tuple[Tensor, Tensor] | None,
+        kept: KeptRows | None,
     ) -> Tensor:
         frame = current()
         if frame is not None:
@@ -101,21 +124,31 @@ class _LoRALinear(torch.autograd.Function):
         if start is not None:
             y_RN.addmm_(x_RC @ start[0].t(), start[1].t(), alpha=-scale)
         ctx.base, ctx.scale, ctx.share, ctx.start = base, scale, share, start
-        ctx.save_for_backward(x, low_Rr, a, b)
+        ctx.shape = x.shape
+        ctx.save_for_backward(*((x,) if kept is None else kept), low_Rr, a, b)
         return y_RN.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, low_Rr, a, b = ctx.saved_tensors
-        x_RC, dy_RN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        *kept, low_Rr, a, b = ctx.saved_tensors
+        x_RC, dy_RN = kept[0].reshape(-1, ctx.shape[-1]), dy.reshape(-1, dy.shape[-1])
         probe = getattr(ctx.base, PROBE, None)
         if probe is not None:
             probe(x_RC, dy_RN)
         dlow_Rr = (dy_RN @ b).mul_(ctx.scale)
         db = (dy_RN.t() @ low_Rr).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
-        mask = None if ctx.key is None else _mask(x_RC, ctx.key, ctx.share)
-        da = dlow_Rr.t() @ (x_RC if mask is None else x_RC * mask) if ctx.needs_input_grad[1] else None
+        mask = None
+        if ctx.key is not None:
+            mask = _mask(dy_RN.new_empty((dy_RN.shape[0], ctx.shape[-1]), dtype=x_RC.dtype), ctx.key, ctx.share)
+        da = None
+        if ctx.needs_input_grad[1]:
+            rows, of_mask = dlow_Rr, mask
+            if len(kept) > 1:
+                _, index, weight = kept
+                rows = dlow_Rr.index_select(0, index) * weight[:, None].to(dlow_Rr.dtype)
+                of_mask = None if mask is None else mask.index_select(0, index)
+            da = rows.t() @ (x_RC if of_mask is None else x_RC * of_mask)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy_RN @ ctx.base.weight
@@ -125,8 +158,8 @@ class _LoRALinear(torch.autograd.Function):
                 dx.add_((dlow_Rr @ a).mul_(mask))
             if ctx.start is not None:
                 dx.addmm_(dy_RN @ ctx.start[1], ctx.start[0], alpha=-ctx.scale)
-            dx = dx.view(x.shape)
-        return dx, da, db, None, None, None, None
+            dx = dx.view(ctx.shape)
+        return dx, da, db, None, None, None, None, None
 
 
 def _mask(x_RC: Tensor, key: int, share: float) -> Tensor:

@@ -23,6 +23,9 @@ class LoRA(Schema):
     """Modules trained whole and stored beside the adapter (`lm_head`, `embed_tokens`)."""
     rslora: bool = False
     """Scale by sqrt(rank), so that high ranks learn as fast. Source: Kalajdzievski, rsLoRA, 2023."""
+    keep_rows: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the input's rows that are stored for A's gradient, the largest surely and some of the others: unbiased.
+    Forward and the gradients of inputs stay exact. Source: Liu et al., WTA-CRS, 2023."""
     dora: bool = False
     """Train the length of each row of the adapted matrix apart from its direction. Runs by peft's own forward, whose
     cost has to be measured. Source: Liu et al., DoRA, 2024."""

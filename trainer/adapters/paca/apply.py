@@ -25,12 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from farspan.errors import JobError
 from farspan.trainer.adapters.paca.config import PaCA
-from farspan.trainer.adapters.targets import target_linears
+from farspan.trainer.adapters.targets import SHARED, target_linears
 from farspan.trainer.bases.linear import QuantizedLinear
 
 COLUMNS, INDICES = "paca_columns", "paca_indices"
-SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""Linear layers of a block that read the same input."""
 
 
 class Columns:
