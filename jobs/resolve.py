@@ -23,6 +23,7 @@ from farspan.memory.plan import Placement
 from farspan.trainer.adapters.config import inner
 from farspan.trainer.config import NF4, PEQA, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, Unquantized
 
+STARTED = ("pissa", "olora", "lora_ga")
 MIN_ROWS = 2048
 """`auto` keeps at least this many rows of a sequence on a rank. Below it a layer's work is too small to cover its two
 all-to-alls, and the rank is better used on another sequence (dp)."""
@@ -342,8 +343,8 @@ class _Resolution:
         width = 2 if self.job.precision == "bf16" else 4
         trained = self.facts.trainable(self.job.adapter)
         weights = self.facts.parameters * width
-        if self.facts.stored_as is not None or not isinstance(self.job.base, Unquantized):
-            bits = 8 if self.job.base.type == "int8" else 4.5
+        bits = self._bits()
+        if bits is not None:
             weights -= int(self.facts.layers * self.facts.layer_weights * (width - bits / 8))
         state = trained * (width + OPTIMIZER_BYTES)
         total = self.machine.gpu_memory_bytes if self.use_gpu else self.machine.cpu_memory_bytes
@@ -354,9 +355,13 @@ class _Resolution:
         )
         if world_size == 1:
             return (2, "CPU offload needs a ZeRO optimizer") if offload else (0, "one rank has nobody to share with")
-        quantized = self.facts.stored_as is not None or not isinstance(self.job.base, Unquantized)
-        if quantized:
-            return (2, f"{sums}; quantized weights are not sharded") if state > memory // 10 else (0, sums)
+        inside = inner(self.job.adapter)
+        if isinstance(inside, PEQA):
+            return 0, f"{sums}: scales of integers stay in fp32 where nothing is sharded"
+        if bits is not None or (isinstance(inside, LoRA) and inside.init in STARTED):
+            what = "quantized weights" if bits is not None else "a start that is not zero"
+            sharded = offload or state > memory // 10
+            return 2 if sharded else 0, f"{sums}: {what} goes no further than ZeRO-2"
         if weights > memory // 2:
             return 3, f"{sums}: the weights alone take more than half"
         if not offload and state <= memory // 10:
@@ -367,7 +372,7 @@ class _Resolution:
 
     def _adapter(self) -> Any:
         adapter, inside = self.job.adapter, inner(self.job.adapter)
-        if isinstance(inside, LoRA) and inside.init in ("pissa", "olora", "lora_ga") and self.zero == 3:
+        if isinstance(inside, LoRA) and inside.init in STARTED and self.zero == 3:
             raise JobError(
                 f"an adapter that starts at {inside.init} does not go with ZeRO-3",
                 at=self._at("adapter.init"),
@@ -399,21 +404,26 @@ class _Resolution:
             )
         return adapter.model_copy(update={"inside": self._with_alpha(adapter.inside, "adapter.inside")})
 
+    def _bits(self) -> float | None:
+        """Of a weight of the linear layers; None: as the precision has it."""
+        inside = inner(self.job.adapter)
+        if isinstance(inside, PEQA):
+            return inside.bits
+        if self.job.base.type == "int8":
+            return 8.0
+        return None if self.facts.stored_as is None and isinstance(self.job.base, Unquantized) else 4.5
+
     def _base(self) -> Any:
         """What the job says; of a quantized checkpoint, what it is."""
         base, stored = self.job.base, self.facts.stored_as
         if stored is not None and isinstance(base, Unquantized):
             base = NF4(double="double" in stored)
             self._decide("base.type", "nf4", "the checkpoint is quantized so")
-        if isinstance(base, Unquantized) and not isinstance(inner(self.job.adapter), PEQA):
+        if isinstance(inner(self.job.adapter), PEQA):
+            self._check_peqa(base)
             return base
-        if isinstance(inner(self.job.adapter), PEQA) and not isinstance(base, Unquantized):
-            raise JobError(
-                f"PEQA does its own rounding, and the base is in {base.type} already",
-                at=self._at("base"),
-                why="its scales belong to integers that are made from 16 bits",
-                try_="--set base=bf16",
-            )
+        if isinstance(base, Unquantized):
+            return base
         if isinstance(inner(self.job.adapter), FullFineTune):
             raise JobError(
                 f"nothing would be trained on a base in {base.type}",
@@ -436,6 +446,30 @@ class _Resolution:
                 try_="--set base=bf16",
             )
         return base
+
+    def _check_peqa(self, base: Any) -> None:
+        if not isinstance(base, Unquantized):
+            given = self.facts.stored_as is not None
+            raise JobError(
+                f"PEQA does its own rounding, and the base is in {base.type} already",
+                at=self._at("model" if given else "base"),
+                why="its scales belong to integers that are made from 16 bits",
+                try_="give the checkpoint in 16 bits" if given else "--set base=bf16",
+            )
+        if self.zero and self.job.precision == "bf16":
+            raise JobError(
+                f"PEQA does not go with ZeRO-{self.zero}",
+                at=self._at("parallel.zero"),
+                why="DeepSpeed makes every trained weight bf16; scales of integers need fp32, and are few",
+                try_="--set parallel.zero=0",
+            )
+        if self.facts.experts > 1:
+            raise JobError(
+                "PEQA does not round experts",
+                at=self._at("adapter.type"),
+                why="transformers holds the experts of a layer in one tensor, which is no linear layer",
+                try_="--set adapter.type=lora",
+            )
 
     def _with_alpha(self, adapter: Any, path: str) -> Any:
         if isinstance(adapter, LoRA) and adapter.alpha is None:

@@ -104,6 +104,8 @@ def calibrated_problem(
     profile = calibration.profile
     assert profile.sp == training.sp, (profile.sp, training.sp)
     names = tuple(shape.form(layer).name for layer in range(shape.layers))
+    if training.coupling is not None:
+        profile = reversible(profile, shape, training, hardware.memory_bytes_per_s)
     weights = _weights(profile, names)
     head = profile.head.model_copy(
         update={
@@ -125,8 +127,6 @@ def calibrated_problem(
             "mlp_tile": profile.mlp_tile if (profile.mlp_tile or 0) < -(-context // training.sp) else None,
         }
     )
-    if training.coupling is not None:
-        whole = reversible(whole, shape, training, hardware.memory_bytes_per_s)
     return build_problem(
         whole,
         states=model_states(training, hardware, weights),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from farspan.memory.coupling import Coupling, Streams
-from farspan.memory.executor import Layer, Tape, random_state
+from farspan.memory.executor import Layer, Tape, random_state, require_tensor
 from farspan.memory.frame import Frame
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class CoupledTape(Tape):
             read = streams.floating(streams.main)
             with frame.active(), coupling.running():
                 y = function(read)
+            require_tensor(index, y)
             side = streams.leap(y)
             kept.append(read if inputs else side)
             del read, y
@@ -70,7 +71,8 @@ class CoupledTape(Tape):
         layer.x = self.put(whole, plan.x, f"{'inputs' if inputs else 'side bits'} of layer {index}")
         self.last = index
         if index == len(self.placement.layers) - 1:
-            streams.check()
+            if not coupling.tested:
+                streams.check()
             if inputs:
                 self.streams = None  # backward has no use for them
             self.prefetch(0)
@@ -101,6 +103,8 @@ class CoupledTape(Tape):
             coupling.observer(index, self.streams)
         if index > self.first:
             return d_main
+        if self.streams is not None and not coupling.tested:
+            self.streams.check_start()
         self.streams = None
         return d_main + self.d_other if wants_dx and self.d_other is not None else d_main
 

@@ -52,6 +52,10 @@ class StreamOverflow(RunFailed):
     """A hidden state left the range of the fixed-point streams, or is not a number."""
 
 
+class StreamsDiffer(RunFailed):
+    """A layer gave other bits when it ran again."""
+
+
 class Streams:
     """The two streams between layers. int32 [1, s, d]."""
 
@@ -77,6 +81,21 @@ class Streams:
 
     def add(self, stream: Tensor, y: Tensor, *, subtract: bool = False) -> None:
         kernels.add_(stream, y.detach(), self.fraction, self.overflow, subtract=subtract)
+
+    def check_start(self) -> None:
+        """After backward has undone the first layer: both streams began as one. Waits for the device.
+
+        Raises:
+            StreamsDiffer: they are not equal, so that some layer did not give the same bits twice.
+        """
+        if not torch.equal(self.main, self.other):
+            raise StreamsDiffer(
+                "hidden states did not come back bit for bit in backward",
+                at="adapter.store",
+                why="the streams begin equal and were computed back to something else: a layer gave other bits the "
+                "second time; the step was not applied",
+                try_="--set adapter.store=inputs, which stores what layers read",
+            )
 
     def check(self) -> None:
         """Waits for the device.
@@ -120,6 +139,8 @@ class Coupling:
         self.fraction = START_FRACTION
         self.on = True
         """Off: the layers run as if they were not coupled."""
+        self.tested = False
+        """In a self-test hidden states are random, and out of range where a model's own are not: not looked at."""
         self.observer: Callable[[int, Streams], None] | None = None
         """Sees the streams before each layer: in forward, and again in backward when they have been computed back."""
         self._running = False

@@ -194,8 +194,7 @@ class Tape:
         x, version = x.detach(), x._version  # with its history it would hold the node below, and that the tape
         with frame.active():
             y = call(x)
-        if not isinstance(y, Tensor):
-            raise _unsupported(index, f"returns a {type(y).__name__}", "what it returns beside hidden states is lost")
+        require_tensor(index, y)
         if x._version != version:
             raise _unsupported(index, "writes into its input", "the input could not be used again")
         # whoever comes first on the tape has nothing below to be recomputed from
@@ -374,10 +373,16 @@ def _refuse_gradients_by_keyword(index: int, call: partial[Any]) -> None:
             raise _unsupported(index, f"is given `{name}`, which needs a gradient", "that gradient would be lost")
 
 
+def require_tensor(index: int, y: Any) -> None:
+    """Raises JobError where a layer returns more than hidden states."""
+    if not isinstance(y, Tensor):
+        raise _unsupported(index, f"returns a {type(y).__name__}", "what it returns beside hidden states is lost")
+
+
 def _unsupported(index: int, what: str, why: str) -> JobError:
     return JobError(
         f"decoder layer {index} cannot be rebuilt: it {what}",
         at="memory.plan",
         why=why,
-        try_="--set memory.plan=keep",
+        try_="--set memory.plan=keep, which reversible layers do not have: use another adapter there",
     )

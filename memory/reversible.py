@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from farspan.memory.profile import Amount, HeadProfile, KindProfile, OnHostProfile, Peak, Profile
 from farspan.memory.shape import ModelShape, Training, Weights
+from farspan.memory.states import gradient_width
 
 INT32 = 4
 
@@ -33,6 +34,10 @@ def reversible(profile: Profile, shape: ModelShape, training: Training, memory_b
     # gradients: the other stream's added, a share of main's taken away and handed on
     gradients_s = leaps * 8 * x / memory_bytes_per_s
 
+    # an analytic profile has them among a layer's gradients already
+    measured = all(one.weights is not None for one in profile.kinds)
+    beside = gradient_width(training) * _bottleneck(d, e, coupling.width).trained if measured else 0
+
     def kind(one: KindProfile) -> KindProfile:
         last_s = sum(linear.matmul_s.per_row for linear in one.linear if linear.inner_only)
         last_constant_s = sum(linear.matmul_s.constant for linear in one.linear if linear.inner_only)
@@ -47,6 +52,7 @@ def reversible(profile: Profile, shape: ModelShape, training: Training, memory_b
                 "forward_peak": _raised(one.forward_peak, 2 * INT32 * d if stores_inputs else 0),
                 "rebuild_peak": _raised(one.rebuild_peak, more),
                 "on_host": None if one.on_host is None else _on_host(one.on_host, more),
+                "gradient_bytes": one.gradient_bytes + beside,
                 "weights": None if one.weights is None else one.weights + _bottleneck(d, e, coupling.width),
             }
         )

@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from farspan.errors import RunFailed
+from farspan.errors import JobError, RunFailed
 from farspan.memory.executor import Executor
 from farspan.memory.frame import TILED_MLP
 from farspan.memory.plan import LayerPlan, Placement, Rows
@@ -157,7 +158,7 @@ class _Comparison:
             spread = 0.0
             if not exact:
                 again = [_difference(*key, got, want[key]) for key, got in self._wanted().items()]
-                spread = max(difference.relative for difference in again if difference is not None)
+                spread = max((difference.relative for difference in again if difference is not None), default=0.0)
             found = []
             for key, got in self._backward(self._rebuilt):
                 difference = _difference(*key, got, want.pop(key))
@@ -222,6 +223,41 @@ class _CoupledComparison(_Comparison):
             executor.placement, coupling.store = placement, store
 
     def differences(self, *, exact: bool) -> list[_Difference]:
+        coupling = self.executor.coupling
+        assert coupling is not None
+        coupling.tested = True
+        try:
+            if coupling.wiring == 3:
+                self._halves_are_the_layer()
+            return self._differences(exact=exact)
+        finally:
+            coupling.tested = False
+
+    def _halves_are_the_layer(self) -> None:
+        """What a layer adds up between its parts is nobody's interface: some models scale it.
+
+        Raises:
+            JobError: the halves are another function than the layer.
+        """
+        coupling, index = self.executor.coupling, self.unit[0]
+        assert coupling is not None
+        call: Any = self.calls[index]
+        with torch.no_grad(), coupling.running():
+            torch.manual_seed(self.seed)
+            want, x = call(self.x), self.x
+            torch.manual_seed(self.seed)
+            for function in coupling.functions(index, call):
+                x = function(x)
+        if not torch.equal(x, want):
+            raise JobError(
+                f"the halves of decoder layer {index} are not the layer",
+                at="adapter.wiring",
+                why="attention and MLP, each with its residual addition, give "
+                f"{float((x - want).abs().max()):.3g} off what the layer gives",
+                try_="--set adapter.wiring=1, which takes layers whole",
+            )
+
+    def _differences(self, *, exact: bool) -> list[_Difference]:
         found = super().differences(exact=exact)
         coupling = self.executor.coupling
         assert coupling is not None
@@ -336,10 +372,13 @@ def _refused(executor: Executor, unit: range, found: list[_Difference], gradient
     off = f"by {worst.off:.3g} at most" if worst.off < float("inf") else "is missing or not a number"
     segment = f"layer {unit[0]}" if len(unit) == 1 else f"layers {unit[0]} to {unit[-1]}"
     done = "saving on the host what is kept of" if plan.keep else "rebuilding"
+    kept = "keeping it" if executor.coupling is None else "storing its inputs, or its streams do not come back"
     return RebuildDiffers(
-        f"{done} decoder layer {top} does not give the gradients of keeping it",
+        f"{done} decoder layer {top} does not give the gradients of {kept}",
         at=f"{worst.name} of layer {top}, rebuilt with {segment}; stored of it: {', '.join(stored) or 'nothing'}",
         why=f"{len(found)} of {gradients} gradients differ at {rows} rows; this one {off}, "
         f"its largest value is {worst.largest:.3g} (torch {torch.__version__})",
-        try_="--set memory.plan=keep (needs more memory), or another version of torch or transformers",
+        try_="--set adapter.store=inputs, or another adapter"
+        if executor.coupling is not None
+        else "--set memory.plan=keep (needs more memory), or another version of torch or transformers",
     )

@@ -58,14 +58,18 @@ def weights_of(shape: ModelShape, training: Training) -> Weights:
             if training.base.type == "integers" and not training.adapts(name):
                 continue
             whole += shape.layers * (training.base.bytes(inputs, outputs) - inputs * outputs * training.width_bytes)
+    width = training.coupling.width if training.coupling is not None else 0
+    beside = 2 * shape.hidden * width * shape.layers
+    whole += beside * training.width_bytes
+    parameters = shape.parameters + beside
     if training.adapter is None:
-        return Weights(bytes=whole, parameters=shape.parameters, trained=trained, largest=largest)
-    adapters = shape.layers * training.trained_in_layer(shape)
+        return Weights(bytes=whole, parameters=parameters, trained=trained, largest=largest)
+    adapters = shape.layers * training.trained_in_layer(shape) - beside
     if training.adapter.start:
         adapters *= 2
     copies = sum(training.trained_outside(shape))  # peft trains a copy of a module it saves and keeps the original
     size = whole + copies * training.width_bytes + adapters * training.adapter_width_bytes
-    return Weights(bytes=size, parameters=shape.parameters, trained=trained, largest=largest)
+    return Weights(bytes=size, parameters=parameters, trained=trained, largest=largest)
 
 
 def _plain(training: Training, weights: Weights) -> list[tuple[str, Tier, int]]:

@@ -242,7 +242,7 @@ theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quant
                                               device_map={"": "cpu"}, attn_implementation="eager")
 theirs.save_pretrained(out)
 theirs.train()  # in evaluation it repacks weights for a product in bf16 on CPU, and has no gradient
-ours = load_model(out, revision=None, dtype=torch.float32, device=torch.device("cpu"))
+ours = load_model(out, revision=None, dtype=torch.float32, device=torch.device("cpu"), base=NF4())
 fresh = load_model(folder, revision=None, dtype=torch.float32, device=torch.device("cpu"), base=NF4())
 ids = torch.arange(60)[None] % 300
 import bitsandbytes.functional as F

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,19 @@ from pydantic import BaseModel
 
 from farspan.errors import JobError
 from farspan.memory.config import MemoryBudget
-from farspan.trainer.config import ChatData, Checkpoint, Evaluate, LoRA, Mesh, Model, Optim, TextData, Track, TrainSpec
+from farspan.trainer.config import (
+    NF4,
+    ChatData,
+    Checkpoint,
+    Evaluate,
+    LoRA,
+    Mesh,
+    Model,
+    Optim,
+    TextData,
+    Track,
+    TrainSpec,
+)
 from farspan.trainer.resume_rules import RULES, check_resume, resume_changes, resume_conflicts, rule_of
 
 SPEC = spec(Path("/run"), dp=2, accumulation=2, adapter=LoRA(rank=4))
@@ -78,6 +91,18 @@ def test_another_variant_is_a_conflict_in_every_field_it_lacks() -> None:
     new = SPEC.model_copy(update={"model": Model("org/name"), "data": ChatData("stdlib", context=64)})
     found = {change.field for change in resume_conflicts(OLD, new)}
     assert {"model.type", "model.id", "model.hidden", "data.type", "data.text_field", "data.messages_field"} <= found
+
+
+def test_fields_that_an_older_version_did_not_write_are_its_defaults() -> None:
+    old = json.loads(json.dumps(OLD))
+    del old["base"], old["adapter"]["dora"], old["adapter"]["gamma"]
+    assert resume_changes(old, SPEC) == []
+    assert [c.field for c in resume_conflicts(old, SPEC.model_copy(update={"base": NF4()}))] == [
+        "base.type",
+        "base.double",
+    ]
+    old["nobody knows"] = 1  # of a later version: compared as it is
+    assert "nobody knows" in {change.field for change in resume_conflicts(old, SPEC)}
 
 
 def test_every_conflict_is_listed() -> None:

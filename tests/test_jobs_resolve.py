@@ -6,7 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farspan import Cluster, FullFineTune, LoRA, Model, Optim, Parallel, RandomModel, SFTJob, TextData
+from farspan import (
+    NF4,
+    PEQA,
+    Cluster,
+    FullFineTune,
+    Int8,
+    LoRA,
+    MemoryBudget,
+    Model,
+    Optim,
+    Parallel,
+    RandomModel,
+    Reversible,
+    SFTJob,
+    TextData,
+)
 from farspan.errors import JobError
 from farspan.jobs.facts import Machine, model_facts
 from farspan.jobs.origins import leaves, origins_in_python
@@ -118,6 +133,9 @@ def test_origins_of_every_value():
     assert resolved.train.warmup_steps == resolved.train.optim.warmup_steps == 3
 
 
+LARGE = RandomModel(hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336)
+
+
 @pytest.mark.parametrize(
     ("job", "cpus", "zero", "why"),
     [
@@ -134,6 +152,9 @@ def test_origins_of_every_value():
             3,
             "alone",
         ),
+        (make(model=LARGE, adapter=LoRA(), base=NF4()), 2, 0, "quantized weights goes no further"),
+        (make(model=LARGE, adapter=PEQA()), 2, 0, "stay in fp32"),
+        (make(model=LARGE, adapter=LoRA(init="pissa")), 2, 0, "a start that is not zero"),
     ],
 )
 def test_auto_zero(job, cpus, zero, why):
@@ -166,6 +187,20 @@ BAD = [
     (make(parallel=Parallel(zero=0, cpu_offload=True)), "needs ZeRO", "parallel.cpu_offload", "AdamW", "zero=2"),
     (make(model=RandomModel(heads=7, kv_heads=7)), "hidden 256", "model.heads", "36.57", "--set model.heads=8"),
     (make(model=RandomModel(kv_heads=3)), "heads 8 does not split into kv_heads 3", "model.kv_heads", "2.667", "=2"),
+    (make(base=NF4()), "nothing would be trained on a base in nf4", "base", "no adapter", "adapter.type=lora"),
+    (make(adapter=LoRA(), base=Int8(), parallel=Parallel(zero=3)), "cannot be sharded", "zero", "hold", "zero=2"),
+    (make(adapter=PEQA(), base=NF4()), "PEQA does its own rounding", "base", "16 bits", "--set base=bf16"),
+    (make(adapter=PEQA(), parallel=Parallel(zero=2)), "PEQA does not go with ZeRO-2", "zero", "fp32", "zero=0"),
+    (make(adapter=LoRA(init="olora"), parallel=Parallel(zero=3)), "starts at olora", "init", "frozen pair", "zero=2"),
+    (make(adapter=LoRA(dora=True, init="pissa")), "DoRA does not start at pissa", "init", "lengths", "init=default"),
+    (make(adapter=LoRA(keep_rows=0.5, dora=True)), "one node", "keep_rows", "peft's own", "keep_rows=1"),
+    (
+        make(adapter=Reversible(), memory=MemoryBudget(plan="keep")),
+        "not kept",
+        "memory.plan",
+        "side bits",
+        "plan=solve",
+    ),
     (make(model=Model("./nowhere")), "no model folder", "model.id", "does not exist", "safetensors"),
 ]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from executor_models import LAYERS, Model, differing, tokens
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from farspan.errors import JobError
+from farspan.errors import CheckpointError, JobError
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.trainer.adapters.lora import start
@@ -178,6 +180,22 @@ def test_under_the_executor() -> None:
         torch.testing.assert_close(pair, kept[name], rtol=1e-3, atol=1e-4)
     start.restore(rebuilt.model, kept)
     assert differing(rebuilt.gradients([S]), plain.gradients([S])) == []
+
+
+def test_whether_a_start_must_be_made(tmp_path: Path) -> None:
+    kept, model = tmp_path / "adapter_start.safetensors", started("pissa")
+    assert start.must_be_made(kept, "this job", [])
+    with pytest.raises(CheckpointError, match="not in the run folder"):
+        start.must_be_made(kept, "this job", [tmp_path])
+    save_file(start.pairs(model.model), kept, metadata={"made_for": "this job"})
+    assert not start.must_be_made(kept, "this job", [])
+    assert start.must_be_made(kept, "another job", []), "of a run that never came to a checkpoint"
+    assert not start.must_be_made(kept, "another job", [tmp_path]), "its checkpoints belong to it"
+
+
+def test_more_directions_than_there_are() -> None:
+    with pytest.raises(JobError, match="32 directions, fewer than the 40"):
+        Model(adapter=LoRA(rank=40, init="pissa"))
 
 
 def test_peft_s_own_forward_would_forget_the_pair() -> None:

@@ -103,5 +103,7 @@ def test_every_rank_draws_the_same_columns_and_readers_of_one_input_share_them()
 def test_what_cannot_be_trained() -> None:
     with pytest.raises(JobError, match="fewer than the 100"):
         Model(adapter=PaCA(rank=100))
+    with pytest.raises(JobError, match="output projection"):
+        Model(adapter=PaCA(rank=4, target_modules=("q_proj", "lm_head")))
     with pytest.raises(JobError, match="no linear layer is called query"):
         Model(adapter=PaCA(target_modules=("query",)))

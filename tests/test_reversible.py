@@ -13,7 +13,14 @@ from sp_ranks import on_ranks
 from torch import Tensor
 
 from farspan.errors import JobError
-from farspan.memory.coupling import Coupling, StreamOverflow, Streams, fraction_for, halves
+from farspan.memory.coupling import (
+    Coupling,
+    StreamOverflow,
+    Streams,
+    StreamsDiffer,
+    fraction_for,
+    halves,
+)
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
@@ -183,8 +190,10 @@ def test_that_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(ADAPTERS[0])
     assert model.coupling is not None
     seen = watched(model.coupling)
-    model.forward([S], 0).backward()
-    assert not all(torch.equal(pair[0][0], pair[1][0]) for pair in seen.values())
+    loss = model.forward([S], 0)
+    with pytest.raises(StreamsDiffer):
+        loss.backward()
+    assert not all(torch.equal(pair[0][0], pair[1][0]) for pair in seen.values() if len(pair) == 2)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=NAMES)
@@ -306,6 +315,37 @@ def test_layers_that_differ_the_second_time_store_their_inputs() -> None:
     assert store == "inputs"
     asked = ADAPTERS[0].model_copy(update={"store": "inputs"})
     assert differing(gradients, trained(asked, 1e-3)[1]) == []
+
+
+def test_a_layer_that_drifts_later_stops_before_the_update() -> None:
+    """After the self-test too: streams that begin as one end as one in backward, or nothing is applied."""
+    model = made(ADAPTERS[0])
+    noise = [0.0]
+    whole = model.layers[1].mlp.forward
+    model.layers[1].mlp.forward = lambda x: whole(x) * (1 + noise[0] * torch.is_grad_enabled())
+    assert check_rebuilding(model.loss, ALONE, None, zero=0, seed=0) is not None
+    model.forward([S], 0).backward()
+    noise[0] = 1e-3
+    loss = model.forward([S], 0)
+    with pytest.raises(StreamsDiffer, match="bit for bit"):
+        loss.backward()
+
+
+def test_halves_that_are_not_the_layer_are_refused() -> None:
+    """Some models scale what they add between their parts."""
+    model = made(ADAPTERS[3])
+    assert model.coupling is not None
+    attention, mlp = model.coupling._halves[0]
+    model.coupling._halves = [(lambda x, **more: attention(x, **more) * 1.001, mlp)] * 4
+    with pytest.raises(JobError, match="halves of decoder layer"):
+        check_rebuilding(model.loss, ALONE, None, zero=0, seed=0)
+
+
+def test_hidden_states_beyond_the_first_range_pass_the_self_test() -> None:
+    """It runs before the range is known, on rows of its own."""
+    model = made(ADAPTERS[0])
+    model.layers[-1].mlp.down_proj.get_base_layer().weight.data.mul_(1e6)
+    assert check_rebuilding(model.loss, ALONE, None, zero=0, seed=0) is not None
 
 
 def test_overflow_stops_before_the_update() -> None:

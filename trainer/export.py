@@ -203,7 +203,7 @@ class _Export:
     def whole(self) -> PreTrainedModel:
         """The base with the weights that training saw, in plain layers."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.base, dtype=self.dtype, attn_implementation="eager", **loading_options(self.stored)
+            self.base, dtype=self.dtype, attn_implementation="eager", **loading_options(self.stored, self.base)
         )
         take_over(model)
         dequantize(model)
@@ -298,7 +298,7 @@ def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, .
     written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not job.verify:
         return written, ["nothing: not asked for"]
-    return written, export_check.check_columns(job.out_dir, job.base, tensors, dtype=job.dtype)
+    return written, export_check.check_columns(job.out_dir, job.base, tensors, dtype=job.dtype, stored=job.stored)
 
 
 def _export_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -312,7 +312,7 @@ def _export_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ..
     tensors = {f"{name}.{SCALE}": job.state.tensor(f"{name}.{SCALE}", shape) for name, shape in shapes.items()}
     hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
     base, revision = (hub.id, hub.revision) if hub else (str(job.base.resolve()), None)
-    peqa.save(job.out_dir, adapter, base=base, revision=revision, tensors=tensors)
+    peqa.save(job.out_dir, adapter, base=base, revision=revision, dtype=job.dtype, tensors=tensors)
     written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not job.verify:
         return written, ["nothing: not asked for"]
@@ -365,7 +365,7 @@ def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, .
             hidden = size // streams.width
             down = name.endswith(".down.weight")
             weights[name] = job.trained(name, (streams.width, hidden) if down else (hidden, streams.width))
-    reversible.save(job.out_dir, streams, weights, stored=job.stored)
+    reversible.save(job.out_dir, streams, weights, stored=job.stored, dtype=job.dtype)
     if job.verify:
         export_check.check_streams(job.out_dir, job.base, weights, dtype=job.dtype)
     return {reversible.name_on_disk(name): tuple(tensor.shape) for name, tensor in weights.items()}
@@ -392,13 +392,24 @@ def _difference(job: _Export, adapter: LoRA, live: dict[str, Tensor]) -> tuple[L
     )
     found = {}
     for name, tensor in live.items():
-        layer, _, last = name.partition(".lora_")
-        if last.startswith("A."):
-            tensor = torch.cat([tensor, kept[f"{layer}.{START_A}"].to(tensor.dtype)], 0)
-        elif last.startswith("B."):
-            tensor = torch.cat([tensor, -kept[f"{layer}.{START_B}"].to(tensor.dtype)], 1)
+        if ".lora_A." in name:
+            tensor = torch.cat([tensor, kept[_start_of(name)].to(tensor.dtype)], 0)
+        elif ".lora_B." in name:
+            tensor = torch.cat([tensor, -kept[_start_of(name)].to(tensor.dtype)], 1)
         found[name] = tensor
+    if all(torch.equal(live[n], kept[_start_of(n)].to(live[n].dtype)) for n in live if ".lora_" in n):
+        raise CheckpointError(
+            "the adapter is where it started, so that it changes nothing",
+            at=str(job.start),
+            why="A and B are those of the frozen pair: it was not trained, or not saved",
+            try_="export a later checkpoint",
+        )
     return twice, found
+
+
+def _start_of(name: str) -> str:
+    layer, _, last = name.partition(".lora_")
+    return f"{layer}.{START_A if last.startswith('A.') else START_B}"
 
 
 def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:

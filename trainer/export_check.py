@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from farspan.errors import CheckpointError
+from farspan.trainer.bases.config import Base
 from farspan.trainer.checkpoint_format import gib
 
 _FORWARD_ROWS = 16
@@ -90,9 +91,17 @@ def check_adapter(out_dir: Path, base: Path, saved: Mapping[str, Tensor], *, dty
     return [*done, "values bit for bit in the files", f"forward: not run, {left_out}"]
 
 
-def check_columns(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> list[str]:
-    """Check a folder with trained columns; see `check_model`. `tensors`: columns and indices by their name on disk."""
+def check_columns(
+    out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, stored: Base
+) -> list[str]:
+    """Check a folder with trained columns; see `check_model`.
+
+    Args:
+        tensors: columns and indices by their name on disk.
+        stored: how the base was stored in training.
+    """
     from farspan.trainer.adapters.paca.files import load
+    from farspan.trainer.bases.load import dequantize, loading_options, take_over
 
     with _Files(out_dir) as files:
         _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
@@ -100,7 +109,10 @@ def check_columns(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, d
     left_out = _too_large(_base_bytes(base))
     if left_out is not None:
         return [*done, f"forward: not run, {left_out}"]
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    options = loading_options(stored, base)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+    take_over(whole)
+    dequantize(whole)
     names = [name.removesuffix(".columns") for name in tensors if name.endswith(".columns")]
     before = {name: whole.get_submodule(name).weight.detach()[:, tensors[f"{name}.indices"]] for name in names}
     model: Any = load(out_dir, base=whole)
@@ -127,6 +139,9 @@ def check_scales(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dt
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
     model: Any = load(out_dir, base=whole)
     there = dict(model.named_parameters())
+    fresh = {name: model.get_submodule(name.removesuffix(".scale")).fresh_scale for name in tensors}
+    if all(torch.equal(tensors[name], fresh[name]) for name in tensors):
+        raise _off(out_dir, "every scale is what rounding gave: the adapter was not trained, or not saved")
     _check_values(out_dir, tensors, there.__getitem__, tensors.__getitem__)
     _check_forward(out_dir, model)
     return [*done, "scales after they were loaded", "a finite forward"]

@@ -111,9 +111,11 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 **placed,
-                **loading_options(base),
+                **loading_options(base, source, revision),
             )
             take_over(model)
+            if device.type == "cuda" and not isinstance(base, Unquantized):
+                torch.cuda.empty_cache()  # matrices in 16 bits went through it
             return model
         except ImportError as error:
             raise JobError(

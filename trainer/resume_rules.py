@@ -10,8 +10,11 @@ torch: the command line checks before anything starts.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from farspan.errors import JobError
 from farspan.trainer.config import TrainSpec
@@ -31,6 +34,9 @@ RULES: dict[str, tuple[Rule, str]] = {
     "adapter.dropout": ("said", "the next steps drop another share"),
     "adapter.keep_rows": ("said", "the next steps estimate A's gradient from another share of the rows"),
     "adapter.init_packs": ("free", "the start was found before the first step"),
+    "adapter.fraction_bits": ("said", "hidden states are rounded to other steps from now on"),
+    "adapter.inside.keep_rows": ("said", "the next steps estimate A's gradient from another share of the rows"),
+    "adapter.inside.init_packs": ("free", "the start was found before the first step"),
     "adapter.inside.dropout": ("said", "the next steps drop another share"),
     "adapter.store": ("free", "the same steps from what is stored instead of computed back"),
     "base": ("fixed", "the adapter was trained against these weights"),
@@ -91,6 +97,8 @@ def resume_changes(old: dict[str, Any], new: TrainSpec) -> list[Change]:
         old: `Manifest.job` of the checkpoint.
         new: the job that resumes.
     """
+    with contextlib.suppress(ValidationError):  # what an older version did not write yet is what it did: the default
+        old = TrainSpec.model_validate(old).model_dump(mode="json")
     before, after = _flat(old), _flat(new.model_dump(mode="json"))
     changes = []
     for name in [*after, *(name for name in before if name not in after)]:

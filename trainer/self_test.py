@@ -69,6 +69,14 @@ def check_rebuilding(
             raise
         result, problem = None, differs
     if coupling is not None and coupling.store == "bits" and _any(problem is not None, grid):
+        if any(plan.x is not None and plan.x.host + plan.x.disk for plan in executor.placement.layers):
+            raise RebuildDiffers(
+                "reversible layers do not give the same bits twice here",
+                at="adapter.store",
+                why=f"{problem.why if problem else 'another rank found it'}; inputs take more room than the host and "
+                "disk tiers were planned with",
+                try_="--set adapter.store=inputs, which is planned so",
+            )
         coupling.store = "inputs"
         _log.warning("%s", problem or "another rank's layers do not give the same bits twice")
         result = self_test(executor, run, seed=key, gathered=gathered)

@@ -7,9 +7,10 @@ What is random is keyed by (seed, step, micro-batch, rank), so a resumed run nee
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from farspan.errors import NonFinite
+from farspan.errors import FarspanError, NonFinite
 from farspan.memory.addresses import TwoLevels
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
@@ -304,23 +305,43 @@ class Trainer:
         if not isinstance(adapter, LoRA) or adapter.init not in start.STARTED:
             return
         self.progress.phase("adapter", planned_s=FIRST_TIME_S)
-        kept = self.folder.adapter_start
-        if not kept.exists():
+        kept, spec = self.folder.adapter_start, self.spec
+        made_for = json.dumps(
+            [adapter.init, adapter.rank, adapter.alpha, adapter.target_modules, spec.optim.seed, spec.base.type]
+        )
+        if self._first_says(lambda: start.must_be_made(kept, made_for, self.folder.complete_checkpoints())):
             if adapter.init == "lora_ga":
                 probe = partial(self._probe, module, adapter)
-                start.from_gradients(module.model, adapter, probe, seed=self.spec.optim.seed)
+                if module.coupling is not None and getattr(spec.adapter, "fraction_bits", None) == "auto":
+                    rows = self._rows(self.stream.pack(self.grid.dp_index))
+                    module.coupling.fraction = reversible_range(module, module, rows, self.grid)
+                start.from_gradients(module.model, adapter, probe, seed=spec.optim.seed)
             elif self.grid.rank == 0:
                 for layer in start.lora_layers(module.model).values():
                     start.begin(layer, *start.from_weights(layer, adapter))
             if self.grid.rank == 0:
                 beside = kept.with_name(f".{kept.name}.tmp")
-                save_file(start.pairs(module.model), beside)
+                save_file(start.pairs(module.model), beside, metadata={"made_for": made_for})
                 beside.replace(kept)
             if self.grid.world_size > 1:
                 dist.barrier()
         start.restore(module.model, load_file(kept))  # on all ranks the same bits
         if self.grid.rank == 0:
             self.progress.event("adapter", f"starts at {adapter.init}, with a frozen pair that takes the start off")
+
+    def _first_says(self, decide: Callable[[], bool]) -> bool:
+        """What rank 0 finds, on all ranks; an error it meets too. Collective."""
+        found: list[Any] = [None]
+        if self.grid.rank == 0:
+            try:
+                found[0] = decide()
+            except FarspanError as error:
+                found[0] = error
+        if self.grid.world_size > 1:
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], FarspanError):
+            raise found[0]
+        return bool(found[0])
 
     def _probe(self, module: models.CausalLMLoss, adapter: LoRA) -> None:
         """Gradients of the first packs, of this dp group's share."""
@@ -335,9 +356,10 @@ class Trainer:
         coupling = module.coupling
         if coupling is None:
             return
-        if (fraction := self.position.get("fraction_bits")) is not None:
+        asked, fraction = getattr(self.spec.adapter, "fraction_bits", "auto"), self.position.get("fraction_bits")
+        if asked == "auto" and fraction is not None:
             coupling.fraction = fraction
-        elif getattr(self.spec.adapter, "fraction_bits", None) == "auto":
+        elif asked == "auto":
             pack = self.stream.pack(self.grid.dp_index)
             coupling.fraction = reversible_range(self.engine.module, module, self._rows(pack), self.grid)
         self.position["fraction_bits"] = coupling.fraction

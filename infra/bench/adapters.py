@@ -18,6 +18,7 @@ import math
 import pydoc_data.topics as topics
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -272,8 +273,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="farspan bench adapters", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--toy", action="store_true", help="a tiny model, two steps, two rates")
     parser.add_argument("--only", default="", help="methods whose name contains this")
-    parser.add_argument("--out", type=Path, default=RESULTS / "adapters.json")
+    parser.add_argument("--out", type=Path, help="default: results/adapters.json; of --toy a temporary file")
     options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp()) / "adapters.json" if options.toy else RESULTS / "adapters.json"
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     steps = TOY_STEPS if options.toy else STEPS

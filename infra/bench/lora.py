@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,8 +141,10 @@ def report(cells: dict[str, Any], widths: dict[str, int]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="farspan bench lora", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--toy", action="store_true", help="a narrow layer, few repeats")
-    parser.add_argument("--out", type=Path, default=RESULTS / "lora.json")
+    parser.add_argument("--out", type=Path, help="default: results/lora.json; of --toy a temporary file")
     options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp()) / "lora.json" if options.toy else RESULTS / "lora.json"
     torch.set_num_threads(1)
     widths, rows, repeats = (TOY, 300, 2) if options.toy else (WIDTHS, 2048, 9)
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}

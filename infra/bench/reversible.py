@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,10 @@ def break_even(depths: dict[int, Any]) -> int | None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="farspan bench reversible", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--toy", action="store_true", help="narrow and shallow, few repeats")
-    parser.add_argument("--out", type=Path, default=RESULTS / "reversible.json")
+    parser.add_argument("--out", type=Path, help="default: results/reversible.json; of --toy a temporary file")
     options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp()) / "reversible.json" if options.toy else RESULTS / "reversible.json"
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}

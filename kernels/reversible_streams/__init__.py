@@ -9,7 +9,8 @@ lowest bits of each element, which the shift of other loses, are handed back pac
 byte j of a group holding bit j of its 8 elements, the first in the lowest place. Side information as in Maclaurin et
 al., 2015, https://arxiv.org/abs/1502.03492; the multiplication by 2^-bits makes it this simple.
 
-`reference` has it in torch and numpy, which defines it and runs on CPU; `triton_kernels` on GPUs, one kernel each way.
+`reference` has it in torch and numpy, which defines it and runs on CPU; `triton_kernels` has the step and its undoing
+on GPUs, one kernel each.
 """
 
 from __future__ import annotations

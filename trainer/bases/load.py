@@ -7,10 +7,12 @@ their layers then taken over as they are, byte for byte.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -25,9 +27,12 @@ from farspan.trainer.bases.linear import NF4Linear, QuantizedLinear, quantized
 METHOD = "farspan"
 
 
-def loading_options(base: Base) -> dict[str, Any]:
-    """For `from_pretrained`."""
-    return {} if isinstance(base, Unquantized) else {"quantization_config": _Config(base)}
+def loading_options(base: Base, source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """For `from_pretrained` of `source`; a checkpoint that is quantized is opened as it is."""
+    if isinstance(base, Unquantized):
+        return {}
+    told, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+    return {} if told.get("quantization_config") else {"quantization_config": _Config(base)}
 
 
 class _Config(QuantizationConfigMixin):
@@ -56,6 +61,11 @@ class _Quantizer(HfQuantizer):
             inside = {id(layer) for layer in decoder_layers(model)}
             self._prefixes = [name for name, module in model.named_modules() if id(module) in inside]
         return self._prefixes
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes: what transformers sizes its warm-up of the GPU's allocator by."""
+        return 0.5 if isinstance(self.quantization_config.base, NF4) else 1.0
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config.base)

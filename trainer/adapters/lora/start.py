@@ -18,19 +18,24 @@ https://arxiv.org/abs/0909.4061). That takes (in + out) times a few r numbers a 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from farspan.errors import CheckpointError, JobError
 from farspan.trainer.adapters.lora.config import LoRA
 
 STARTED = ("pissa", "olora", "lora_ga")
 """Initialisations that need a frozen pair."""
 START_A, START_B = "start_A", "start_B"
 OVERSAMPLE = 16
+CHUNK_ELEMENTS = 1 << 22
+"""Of inputs and gradients that are in fp32 at one time while a gradient is sketched."""
 PASSES = 4
 """Over the packs whose gradient is taken; even."""
 WHOLE_SVD = 1024
@@ -49,8 +54,21 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def reserve(model: nn.Module) -> None:
-    """Give every LoRA layer room for its frozen pair, zero at first."""
-    for layer in lora_layers(model).values():
+    """Give every LoRA layer room for its frozen pair, zero at first.
+
+    Raises:
+        JobError: a matrix has fewer directions than the adapter.
+    """
+    for name, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        rank, most = layer.r["default"], min(base.in_features, base.out_features)
+        if rank > most:
+            raise JobError(
+                f"{name} has {most} directions, fewer than the {rank} it was to start at",
+                at="adapter.rank",
+                why="singular vectors of a matrix are no more than its rows or columns",
+                try_=f"--set adapter.rank={most}, or --set adapter.init=default",
+            )
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         layer.register_buffer(START_A, torch.zeros_like(a), persistent=False)
         layer.register_buffer(START_B, torch.zeros_like(b), persistent=False)
@@ -76,7 +94,7 @@ def from_weights(layer: Any, adapter: LoRA) -> tuple[Tensor, Tensor]:
     if min(weight.shape) <= WHOLE_SVD:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, v = torch.svd_lowrank(weight, q=rank + OVERSAMPLE, niter=16)
+        u, s, v = torch.svd_lowrank(weight, q=min(rank + OVERSAMPLE, *weight.shape), niter=16)
         vh = v.t()
     root = (s[:rank] / layer.scaling["default"]).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
@@ -101,13 +119,15 @@ class Sketch:
 
     def add(self, x_RC: Tensor, dy_RN: Tensor) -> None:
         """One backward's rows: G += dy^T x."""
-        x_RC, dy_RN = x_RC.float(), dy_RN.float()
-        if self.whole:
-            self.sum.addmm_(dy_RN.t(), x_RC)
-        elif self.left is None:
-            self.sum.addmm_(dy_RN.t(), x_RC @ self.right)
-        else:
-            self.sum.addmm_((dy_RN @ self.left).t(), x_RC)
+        step = max(1, CHUNK_ELEMENTS // (x_RC.shape[1] + dy_RN.shape[1]))
+        for first in range(0, x_RC.shape[0], step):
+            x, dy = x_RC[first : first + step].float(), dy_RN[first : first + step].float()
+            if self.whole:
+                self.sum.addmm_(dy.t(), x)
+            elif self.left is None:
+                self.sum.addmm_(dy.t(), x @ self.right)
+            else:
+                self.sum.addmm_((dy @ self.left).t(), x)
 
     def next_pass(self) -> None:
         """All rows have been seen: what they gave is what the next pass looks through."""
@@ -164,6 +184,26 @@ def from_gradients(
         if missing > 0:
             b = torch.cat([b, torch.zeros(b.shape[0], missing, device=b.device)], 1)
         begin(layer, a, b)
+
+
+def must_be_made(kept: Path, made_for: str, checkpoints: Sequence[Path]) -> bool:
+    """Whether a run has no start yet, or one of another job that never came to a checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, and what they start from is gone.
+    """
+    if kept.exists():
+        with safe_open(kept, framework="pt") as file:
+            same = (file.metadata() or {}).get("made_for") == made_for
+        return not same and not checkpoints
+    if checkpoints:
+        raise CheckpointError(
+            "where the adapter started is not known",
+            at=str(kept),
+            why="its checkpoints hold the difference to it, and the file is not in the run folder",
+            try_="copy it from where the run was, or start a run under another name",
+        )
+    return True
 
 
 def pairs(model: nn.Module) -> dict[str, Tensor]:

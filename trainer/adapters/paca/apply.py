@@ -61,6 +61,15 @@ def add_columns(model: nn.Module, adapter: PaCA, *, seed: int) -> dict[str, Tens
         JobError: a matrix has fewer columns, or no layer matches.
     """
     targets = target_linears(model, adapter.target_modules)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, layer in targets.items():
+        if layer is head:
+            raise JobError(
+                "columns of the output projection cannot be trained",
+                at="adapter.target_modules",
+                why=f"logits are never held whole: the loss reads the weight of {name} itself, tile by tile",
+                try_="leave it out, or --set adapter.type=lora with adapter.modules_to_save",
+            )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)

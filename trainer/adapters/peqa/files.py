@@ -25,9 +25,17 @@ from farspan.trainer.adapters.peqa.config import PEQA
 CONFIG, WEIGHTS = "peqa.json", "peqa.safetensors"
 
 
-def save(folder: Path, adapter: PEQA, *, base: str, revision: str | None, tensors: dict[str, Tensor]) -> None:
-    """Write both files; `tensors` by their names on disk."""
+def save(
+    folder: Path, adapter: PEQA, *, base: str, revision: str | None, dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> None:
+    """Write both files.
+
+    Args:
+        dtype: of the weights that were rounded.
+        tensors: by their names on disk.
+    """
     told = {"format": 1, "adapter": adapter.model_dump(mode="json"), "base_model": base, "revision": revision}
+    told["dtype"] = str(dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -38,7 +46,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
     Args:
         folder: an export of a run with `PEQA`.
         base: the loaded base model, changed in place; None: from where the folder says.
-        dtype, options: for `from_pretrained`.
+        dtype, options: for `from_pretrained`; `auto`: as in training, in which the base was rounded.
 
     Raises:
         CheckpointError: the folder is no such export, or belongs to another model.
@@ -49,6 +57,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         if told["format"] != 1:
             raise ValueError("written by a later version")
         adapter = PEQA.model_validate(told["adapter"])
+        dtype = getattr(torch, told["dtype"]) if dtype == "auto" else dtype
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError) as error:
         raise _wrong(folder, str(error).split("\n", maxsplit=1)[0]) from error
@@ -62,6 +71,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         scale = base.get_submodule(name).scale
         if scale.shape != tensors[f"{name}.scale"].shape:
             raise _wrong(folder, f"{name} has scales of shape {list(scale.shape)} in this model")
+        base.get_submodule(name).fresh_scale = scale.detach().clone()
         scale.data.copy_(tensors[f"{name}.scale"])
     return base.eval()
 

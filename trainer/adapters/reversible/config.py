@@ -26,7 +26,8 @@ class Reversible(Schema):
     type: Literal["reversible"] = "reversible"
     wiring: Literal[1, 2, 3] = 1
     """Which of MEFT's couplings: a layer with an adapter on its output (1) or before its input (2); or attention and
-    MLP apart (3), which needs twice the side bits and half the memory of a layer in backward."""
+    MLP apart (3), which needs twice the side bits; of a layer only one half is in memory in backward, which plans do
+    not reckon with yet."""
     bits: int = Field(default=3, ge=1, le=8)
     """Side bits of an element and layer (for wiring 3, of each half); lambda is 2^-bits."""
     fraction_bits: int | Literal["auto"] = "auto"

@@ -42,16 +42,16 @@ def name_on_disk(name: str) -> str:
     return f"{layer.rpartition('.')[2]}.{rest}"
 
 
-def save(folder: Path, adapter: Reversible, weights: dict[str, Tensor], *, stored: Base) -> None:
+def save(folder: Path, adapter: Reversible, weights: dict[str, Tensor], *, stored: Base, dtype: torch.dtype) -> None:
     """Write both files.
 
     Args:
         weights: adapters between the streams, by their names in the model.
-        stored: how the base was stored in training.
+        stored, dtype: how the base was stored in training, and the model's dtype.
     """
     assert adapter.fraction_bits != "auto", "a trained model has its range"
     told = {name: getattr(adapter, name) for name in ("wiring", "bits", "fraction_bits", "width")}
-    told |= {"format": 1, "base": stored.model_dump(mode="json")}
+    told |= {"format": 1, "base": stored.model_dump(mode="json"), "dtype": str(dtype).removeprefix("torch.")}
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if weights:
         on_disk = {name_on_disk(name): tensor.contiguous() for name, tensor in weights.items()}
@@ -64,7 +64,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
     Args:
         folder: an export of a run with `Reversible`.
         base: the loaded base model, for a folder with an adapter; None: from where the adapter says.
-        dtype, options: for `from_pretrained` (`attn_implementation`, `device_map`, ...).
+        dtype, options: for `from_pretrained` (`attn_implementation`, `device_map`, ...); `auto`: as in training.
 
     Raises:
         CheckpointError: the folder is no such export.
@@ -75,6 +75,8 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         if told.pop("format") != 1:
             raise ValueError("written by a later version")
         stored = TypeAdapter(Base).validate_python(told.pop("base"))
+        trained_in = getattr(torch, told.pop("dtype"))
+        dtype = trained_in if dtype == "auto" else dtype
         adapter = Reversible(**told)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -95,7 +97,7 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         if base is None:
             where = PeftConfig.from_pretrained(folder)
             name = str(where.base_model_name_or_path)
-            options |= loading_options(stored)
+            options |= loading_options(stored, name, where.revision)
             base = AutoModelForCausalLM.from_pretrained(name, revision=where.revision, dtype=dtype, **options)
         else:
             quantize(base, stored)
@@ -105,6 +107,14 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         causal = model.get_base_model()
     else:
         causal = model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    devices = {p.device for layer in decoder_layers(causal) for p in layer.parameters()}
+    if len(devices) > 1:
+        raise CheckpointError(
+            "a reversible model was to be opened over several devices",
+            at="device_map",
+            why=f"its streams run through all layers on one; these are on {', '.join(sorted(map(str, devices)))}",
+            try_="device_map={'': 'cuda:0'}, or one that fits",
+        )
     couple(causal, adapter, seed=0)
     if adapter.width:
         weights = load_file(folder / WEIGHTS)
