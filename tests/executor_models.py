@@ -124,6 +124,17 @@ def segments(k: int, o_share: float, rows: int, *, attention_rows: int | None = 
     return Placement(rows=rows, attention_rows=S, layers=tuple(plans), **rest)
 
 
+def step_on_rank(rank: int, mesh: tuple[int, int], cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """What `_step` gives in each case; on the first rank alone, since all have the same."""
+    grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
+    runs = [_step(grid, "llama", "fp32", zero=0, lengths=[130, 170], **case) for case in cases]
+    losses = [{name: t for name, t in run.items() if name.startswith("loss")} for run in runs]
+    for loss in losses:
+        for t in loss.values():
+            dist.all_reduce(t)
+    return [{**run, **loss} for run, loss in zip(runs, losses)]
+
+
 def coupled_on_rank(rank: int, cases: list[dict[str, Any]]) -> list[list[str]]:
     """For each case what differs between storing inputs and the placements, streams that do not come back included."""
     return [_compare_coupled(rank, **case) for case in cases]
@@ -182,11 +193,12 @@ def _step(
     *,
     tile: int | None = None,
     self_test: bool = False,
+    base: Base = UNQUANTIZED,
     wrong: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """Two micro-batches through an engine: losses, whole gradients, and the weights after the update."""
     with zero3(zero == 3, grid.device) if zero == 3 else contextlib.nullcontext():
-        made = Model(family, precision=precision, adapter=adapter)
+        made = Model(family, precision=precision, adapter=adapter, base=base)
     if tile is not None:
         tile_mlp(made.model, tile)
     store = Store(host_bytes=64 << 20) if placement is not None and placement.saved == "host" else None

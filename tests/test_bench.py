@@ -13,14 +13,20 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
-def test_memory_policies_and_peers(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
-    out = tmp_path / "memory.json"
+def toy(name: str, folder: Path) -> Path:
+    """Run a benchmark at toy size; returns its JSON."""
+    out = folder / f"{name}.json"
     done = subprocess.run(
-        [sys.executable, "-m", "farspan.jobs", "bench", "memory", "--toy", "--out", str(out)],
-        env=environment, capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-m", "farspan.jobs", "bench", name, "--toy", "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py"), "FARSPAN_CACHE": str(folder)},
+        capture_output=True, text=True, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_memory_policies_and_peers(tmp_path: Path) -> None:
+    out = toy("memory", tmp_path)
     cells = json.loads(out.read_text())["cells"]
     timed = {key.split("/")[3] for key in cells if key.startswith("time/")}
     assert timed == {"keep", "checkpoint", "solve at checkpoint"}
@@ -31,13 +37,7 @@ def test_memory_policies_and_peers(tmp_path: Path) -> None:
 
 
 def test_sft_beside_trl_and_a_bare_loop(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
-    out = tmp_path / "sft.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "farspan.jobs", "bench", "sft", "--toy", "--out", str(out)],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = toy("sft", tmp_path)
     cells = json.loads(out.read_text())["cells"]
     assert {key.split("/")[2] for key in cells} == {"farspan-1", "farspan-2", "trl", "bare"}
     losses = {key: cell["loss"] for key, cell in cells.items()}
@@ -46,13 +46,7 @@ def test_sft_beside_trl_and_a_bare_loop(tmp_path: Path) -> None:
 
 
 def test_lora_beside_peft(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
-    out = tmp_path / "lora.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "farspan.jobs", "bench", "lora", "--toy", "--out", str(out)],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = toy("lora", tmp_path)
     for key, found in json.loads(out.read_text()).items():
         stored = {system: one["stored_bytes_per_row"] for system, one in found.items()}
         assert stored["Farspan"] <= stored["peft, adapters in bf16"] < stored["peft, its default"], key
@@ -60,13 +54,7 @@ def test_lora_beside_peft(tmp_path: Path) -> None:
 
 
 def test_reversible_layers_beside_checkpointing(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
-    out = tmp_path / "reversible.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "farspan.jobs", "bench", "reversible", "--toy", "--out", str(out)],
-        env={**environment, "FARSPAN_CACHE": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = toy("reversible", tmp_path)
     cells = json.loads(out.read_text())
     assert {*cells} == {"depth/2", "depth/4", "start"}
     by_layer = {
@@ -81,13 +69,7 @@ def test_reversible_layers_beside_checkpointing(tmp_path: Path) -> None:
 
 
 def test_every_method_in_one_table(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "infra/py")}
-    out = tmp_path / "adapters.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "farspan.jobs", "bench", "adapters", "--toy", "--out", str(out)],
-        env={**environment, "FARSPAN_CACHE": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = toy("adapters", tmp_path)
     cells = json.loads(out.read_text())
     losses = {key: cell["held_out"] for key, cell in cells.items() if "/0" in key}
     assert len(losses) == len(cells["times"]) >= 17

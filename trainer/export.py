@@ -200,6 +200,16 @@ class _Export:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base), dtype=self.dtype)
 
+    @property
+    def on_hub(self) -> bool:
+        return isinstance(self.model, Model) and not Path(self.model.id).is_dir()
+
+    def base_in_words(self) -> tuple[str, str | None]:
+        """Hub id and revision of the base, or its folder."""
+        if isinstance(self.model, Model) and self.on_hub:
+            return self.model.id, self.model.revision
+        return str(self.base.resolve()), None
+
     def whole(self) -> PreTrainedModel:
         """The base with the weights that training saw, in plain layers."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -264,16 +274,14 @@ def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, .
     assert len(saved) == len(live), "peft left trained tensors out of the adapter"
 
     config = skeleton.peft_config["default"]
-    hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
-    config.base_model_name_or_path = hub.id if hub else str(job.base.resolve())
-    config.revision = hub.revision if hub else None
+    config.base_model_name_or_path, config.revision = job.base_in_words()
     config.inference_mode = True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(job.out_dir)
     save_file(saved, job.out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
     (job.out_dir / "README.md").write_text(
-        _adapter_readme(config.base_model_name_or_path, hub is not None), encoding="utf-8"
+        _adapter_readme(config.base_model_name_or_path, job.on_hub), encoding="utf-8"
     )
 
     written = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -292,9 +300,16 @@ def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, .
     for name, chosen in indices.items():
         shape = tuple(skeleton.get_submodule(name).get_parameter(COLUMNS).shape)
         tensors |= {f"{name}.columns": job.trained(f"{name}.{COLUMNS}", shape), f"{name}.indices": chosen}
-    hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
-    base, revision = (hub.id, hub.revision) if hub else (str(job.base.resolve()), None)
-    paca.save(job.out_dir, rank=adapter.rank, base=base, revision=revision, stored=job.stored, tensors=tensors)
+    base, revision = job.base_in_words()
+    paca.save(
+        job.out_dir,
+        rank=adapter.rank,
+        base=base,
+        revision=revision,
+        stored=job.stored,
+        dtype=job.dtype,
+        tensors=tensors,
+    )
     written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not job.verify:
         return written, ["nothing: not asked for"]
@@ -310,8 +325,7 @@ def _export_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ..
     shapes = {name: tuple(skeleton.get_submodule(name).get_parameter(SCALE).shape) for name in names}
     # fp32 as they were trained: there is nothing to be gained by rounding so few
     tensors = {f"{name}.{SCALE}": job.state.tensor(f"{name}.{SCALE}", shape) for name, shape in shapes.items()}
-    hub = job.model if isinstance(job.model, Model) and not Path(job.model.id).is_dir() else None
-    base, revision = (hub.id, hub.revision) if hub else (str(job.base.resolve()), None)
+    base, revision = job.base_in_words()
     peqa.save(job.out_dir, adapter, base=base, revision=revision, dtype=job.dtype, tensors=tensors)
     written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if not job.verify:
@@ -328,12 +342,7 @@ def _export_merged_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[
         scale = whole.get_submodule(name).get_parameter(SCALE)
         scale.data.copy_(job.state.tensor(f"{name}.{SCALE}", tuple(scale.shape)))
     dequantize(whole)
-    saved = remove_tied_weights_from_state_dict(dict(whole.state_dict()), whole)
-    _write_config(job, whole)
-    written = write_shards(job.out_dir, whole, saved, saved.__getitem__)
-    if not job.verify:
-        return written, ["nothing: not asked for"]
-    return written, export_check.check_model(job.out_dir, written, saved.keys(), saved.__getitem__, dtype=job.dtype)
+    return _write_plain(job, whole)
 
 
 def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -349,12 +358,7 @@ def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple
         write_back(layer)
         for own in (COLUMNS, INDICES):
             delattr(layer, own)
-    saved = remove_tied_weights_from_state_dict(dict(whole.state_dict()), whole)
-    _write_config(job, whole)
-    written = write_shards(job.out_dir, whole, saved, saved.__getitem__)
-    if not job.verify:
-        return written, ["nothing: not asked for"]
-    return written, export_check.check_model(job.out_dir, written, saved.keys(), saved.__getitem__, dtype=job.dtype)
+    return _write_plain(job, whole)
 
 
 def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, ...]]:
@@ -437,9 +441,14 @@ def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ..
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
         merged.config.tie_word_embeddings = False  # trained apart by modules_to_save; loading must not tie them again
         merged.tie_weights()
-    saved = remove_tied_weights_from_state_dict(dict(merged.state_dict()), merged)
-    _write_config(job, merged)
-    written = write_shards(job.out_dir, merged, saved, saved.__getitem__)
+    return _write_plain(job, merged)
+
+
+def _write_plain(job: _Export, model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """A whole model that everybody opens; returns names and shapes on disk, and what was compared."""
+    saved = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    _write_config(job, model)
+    written = write_shards(job.out_dir, model, saved, saved.__getitem__)
     if not job.verify:
         return written, ["nothing: not asked for"]
     return written, export_check.check_model(job.out_dir, written, saved.keys(), saved.__getitem__, dtype=job.dtype)

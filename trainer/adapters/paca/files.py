@@ -1,41 +1,38 @@
 """Trained columns on disk: a few megabytes beside the base they belong to.
 
-    paca.json            rank, and the base model
+    paca.json            rank, how the base was stored, the base model
     paca.safetensors     `<linear layer>.columns` [outputs, rank] and `<linear layer>.indices` int64 [rank]
 
-No other library has a format for them. Written into the base they cost nothing more to run: `farspan export --merged`
-makes a plain model of it that everybody opens.
+Written into the base they cost nothing more to run: `farspan export --merged` makes a plain model of it that everybody
+opens.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from farspan.errors import CheckpointError
+from farspan.trainer.adapters import own_files
 from farspan.trainer.bases.config import Base
-from farspan.trainer.bases.load import dequantize, loading_options, quantize, take_over
-
-CONFIG, WEIGHTS = "paca.json", "paca.safetensors"
 
 
-def save(folder: Path, *, rank: int, base: str, revision: str | None, stored: Base, tensors: dict[str, Tensor]) -> None:
+def save(
+    folder: Path,
+    *,
+    rank: int,
+    base: str,
+    revision: str | None,
+    stored: Base,
+    dtype: torch.dtype,
+    tensors: dict[str, Tensor],
+) -> None:
     """Write both files; `tensors` by their names on disk."""
-    told = {"format": 1, "rank": rank, "base_model": base, "revision": revision, "base": stored.model_dump(mode="json")}
-    told["dtype"] = dtype_of(tensors)
-    (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    save_file(
-        {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    told = {"rank": rank, "base_model": base, "revision": revision, "base": stored.model_dump(mode="json")}
+    own_files.write(folder, "paca", told, dtype=dtype, tensors=tensors)
 
 
 def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "auto", **options: Any) -> nn.Module:
@@ -50,47 +47,19 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         CheckpointError: the folder is no such export, or belongs to another model.
     """
     folder = Path(folder)
-    try:
-        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if told["format"] != 1:
-            raise ValueError("written by a later version")
-        stored = TypeAdapter(Base).validate_python(told["base"])
-        dtype = getattr(torch, told["dtype"]) if dtype == "auto" else dtype
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError) as error:
-        raise _wrong(folder, str(error).split("\n", maxsplit=1)[0]) from error
-    if base is None:
-        where, revision = told["base_model"], told["revision"]
-        options |= loading_options(stored, where, revision)
-        base = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
-    else:
-        quantize(base, stored)
-    take_over(base)
-    dequantize(base)
+    told, tensors = own_files.read(folder, "paca")
+    stored = TypeAdapter(Base).validate_python(told["base"])
+    base = own_files.open_base(told, base, dtype, stored, **options)
     for name, columns in tensors.items():
         layer_name, _, what = name.rpartition(".")
         if what != "columns":
             continue
         try:
-            weight = base.get_submodule(layer_name).weight
-            indices = tensors[f"{layer_name}.indices"]
+            weight, indices = base.get_submodule(layer_name).weight, tensors[f"{layer_name}.indices"]
             if columns.shape != (weight.shape[0], indices.numel()) or int(indices.max()) >= weight.shape[1]:
                 raise IndexError(f"{list(columns.shape)} columns of a matrix of {list(weight.shape)}")
-            weight.data.index_copy_(1, indices.to(weight.device), columns.to(weight))
         except (AttributeError, IndexError, KeyError) as error:
-            raise _wrong(folder, f"{layer_name} of this model: {str(error).split(chr(10), maxsplit=1)[0]}") from error
+            why = f"{layer_name} of this model: {str(error).split(chr(10), maxsplit=1)[0]}"
+            raise own_files.wrong(folder, "paca", why) from error
+        weight.data.index_copy_(1, indices.to(weight.device), columns.to(weight))
     return base.eval()
-
-
-def dtype_of(tensors: dict[str, Tensor]) -> str:
-    """Of the floating-point ones, as torch calls it."""
-    return str(next(t.dtype for t in tensors.values() if t.is_floating_point())).removeprefix("torch.")
-
-
-def _wrong(folder: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        "the folder has no trained columns for this model",
-        at=str(folder),
-        why=why,
-        try_="give the export folder of a run with adapter.type=paca, and the base it was trained on",
-    )

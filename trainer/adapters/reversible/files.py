@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from farspan.errors import CheckpointError
+from farspan.trainer.adapters import own_files
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca import files as paca
@@ -87,9 +88,9 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         ) from error
     model: Any
     causal: Any
-    if (folder / paca.CONFIG).exists():
+    if own_files.config_of(folder, "paca").exists():
         causal = model = paca.load(folder, base=base, dtype=dtype, **options)
-    elif (folder / peqa.CONFIG).exists():
+    elif own_files.config_of(folder, "peqa").exists():
         causal = model = peqa.load(folder, base=base, dtype=dtype, **options)
     elif (folder / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
