@@ -255,6 +255,7 @@ def training_of(train: TrainSpec) -> Training:
         loss_tile=train.memory.loss_tile,
         mlp_tile=None if tile == "off" or rows <= tile else tile,  # rows of one tile run untiled
         micro_batches=train.accumulation,
+        activations=train.memory.activations,
     )
 
 

@@ -13,7 +13,7 @@ from farspan.errors import NoProfile
 from farspan.memory.hardware import Hardware
 from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_bytes import TILE_ROWS, tiled, today
-from farspan.memory.layer_forward import FP32, MLP, head_split
+from farspan.memory.layer_forward import FINAL_NORM, FP32, MLP, head_split
 from farspan.memory.liveness import Size, peak
 from farspan.memory.profile import (
     Amount,
@@ -253,7 +253,7 @@ def _head(shape: ModelShape, training: Training, hardware: Hardware, working_set
     )
     run.make("y", e * d)
     if working_set == "today":
-        run.norm("final norm", "y", d, 1)
+        run.norm(FINAL_NORM, "y", d, 1)
         run.drop("y")
     _loss(run, trains)
     run.drop("final norm out" if working_set == "today" else "y")
@@ -263,7 +263,7 @@ def _head(shape: ModelShape, training: Training, hardware: Hardware, working_set
     run.drop(*["d head"] * trains)
     if working_set == "today":
         run.gradient_of, run.in_place = {}, {}
-        run.norm_backward("final norm", "d hidden", d, "y")
+        run.norm_backward(FINAL_NORM, "d hidden", d, "y")
     flop = 2 * matrix * (3 if trains else 2)
     seconds = flop / hardware.matmul_flop_per_s[training.precision] + run.traffic / hardware.memory_bytes_per_s
     embedding, head = training.trained_outside(shape)

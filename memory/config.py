@@ -39,6 +39,11 @@ class Tiles(Schema):
     mlp_tile: Count | Literal["off"] = "off"
     """Rows of the MLP that exist at one time in forward and backward; the MLP then runs twice."""
 
+    activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
+    """What norms, gated units and linear layers keep for their backward. `autograd`: what transformers' operators do;
+    `fused`: what the gradient needs, the rest made again. `fp8` and `int4` keep it in 8 or 4 bits: gradients are then
+    approximate, by as much as the plan says. Attention keeps its tensors."""
+
     attention: Literal["fastest", "cpu", "flash", "flash3", "flash4", "flash-attn", "cudnn", "efficient"] = "fastest"
     """The attention kernel. `fastest`: of those that run the model, measured when a run starts. `flash` is
     torch's own, `flash3` and `flash4` are those packages called through torch, `flash-attn` is that package."""

@@ -26,7 +26,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from farspan.errors import JobError
 from farspan.kernels.attention import KnownRows
-from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, reads_last, route_linear
+from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, draws, linear_classes, reads_last, route_linear
 from farspan.memory.plan import Placement, Rows
 from farspan.memory.saved import saved_on_host
 from farspan.memory.tiered import DeviceLedger, TieredRows
@@ -349,15 +349,9 @@ def _autocast_state() -> dict[str, tuple[bool, torch.dtype, bool]]:
 
 def random_state(layer: nn.Module, device: torch.device) -> Random:
     """Generator states before a layer in which something is drawn."""
-    if not any(_draws(module) for module in layer.modules()):
+    if not draws(layer):
         return None
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _draws(module: nn.Module) -> bool:
-    if isinstance(module, nn.Dropout):
-        return module.p > 0 and module.training
-    return module.training and hasattr(module, "row_sampler")
 
 
 def _refuse_gradients_by_keyword(index: int, call: partial[Any]) -> None:

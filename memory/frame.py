@@ -25,6 +25,9 @@ TILED_MLP = "mlp"
 HOLLOW = "down_proj"
 """The last linear layer of a decoder layer: when the layer is rebuilt nobody reads its output, only its inputs."""
 
+DRAWS = "draws_in_training"
+"""Attribute of modules that draw at random in training, dropout aside."""
+
 
 @dataclass
 class Frame:
@@ -154,6 +157,15 @@ def route_linear(layer: nn.Linear, name: str) -> None:
         return y
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether something in a module draws at random, so that a second run needs the generators as they were."""
+    return any(
+        (isinstance(part, nn.Dropout) and part.p > 0) or getattr(part, DRAWS, False)
+        for part in module.modules()
+        if part.training
+    )
 
 
 def reads_last(layer: nn.Module) -> bool:

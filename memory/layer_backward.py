@@ -6,6 +6,7 @@ gradients that meet at one tensor: in place where the first one owns its memory,
 
 from __future__ import annotations
 
+from farspan.memory import layer_operators
 from farspan.memory.layer_forward import FP32, HALF, MLP, LayerForward
 
 LEAST_ROW_HEADS = 1 << 16
@@ -56,6 +57,8 @@ class LayerRun(LayerForward):
 
     def norm_backward(self, name: str, g: str, n: int, source: str, *, keep: bool = False) -> str:
         """RMSNorm, step by step; adds to the gradient of `source` and returns it. `keep`: `g` is needed elsewhere."""
+        if self.one_node(name):
+            return layer_operators.norm_backward(self, name, g, n, source, keep=keep)
         e, wide = self.e, FP32 * n
         self.need(*[self.normal[name]] * self.trains_base)
         if self.shape.norm_scale_fp32:
@@ -131,15 +134,17 @@ class LayerRun(LayerForward):
         if self.training.adapts(name):
             g = self.adapter_backward(name, g, source, keep=keep)
             keep = keep and not self.adapter_is_wider
+        kept = self.kept_of(source) * self.trains_base
+        self.need(*kept)
         if self.trains_base:
-            self.need(source)
+            again = self.made_again(name, source, inputs)
             self.make(f"d {name} weight", 0.0, constant=e * inputs * outputs)
+            self.drop(*again)
         whole = self.whole(name)
         dx = self.make(f"d {name} in", e * inputs)
         self.drop(*whole)
         self.drop(*[g] * (not keep))
-        if self.trains_base:
-            self.used(source)
+        self.used(*kept)
         self.arrive(source, dx, e * inputs, owns=False)
         if self.trains_base and self.lone_gradients:
             self.drop(f"d {name} weight")
@@ -150,12 +155,15 @@ class LayerRun(LayerForward):
         e, adapter = self.e, self.training.adapter
         assert adapter is not None
         kept = self.stored_input(source, inputs)
-        self.need(kept, f"{name} A")
+        self.need(*kept, f"{name} A")
         self.traffic += 2 * e * (inputs + outputs)
         self.make(f"d {name} A", e * adapter.rank)
         if adapter.dropout:
             self.make(f"{name} mask again", e * inputs, reads=0.0)
+        again = self.made_again(name, source, inputs) if adapter.keep_rows == 1 else []
+        if adapter.dropout:
             self.drop(self.make(f"{name} input with dropout again", e * inputs, reads=2 * e * inputs))
+        self.drop(*again)
         whole = self.whole(name)
         dx = self.make(f"d {name} in", e * inputs)
         self.drop(*whole)
@@ -167,8 +175,16 @@ class LayerRun(LayerForward):
             self.traffic += 2 * e * (inputs + outputs)
         self.drop(f"d {name} A")
         self.drop(*[g] * (not keep))
-        self.used(kept, f"{name} A")
+        self.used(*kept, f"{name} A")
         self.arrive(source, dx, e * inputs, owns=False)
+
+    def made_again(self, name: str, source: str, inputs: int) -> list[str]:
+        """A linear layer's input, where something else was kept in its place."""
+        if source not in self.stands_for:
+            return []
+        again = self.make(f"{name} input again", self.e * inputs, reads=self.e * inputs)
+        layer_operators.chunk(self, "again")
+        return [again]
 
     def adapter_backward(self, name: str, g: str, source: str, *, keep: bool) -> str:
         """Returns the gradient of the base layer's output."""
@@ -211,6 +227,9 @@ class LayerRun(LayerForward):
 
     def gated_backward(self, g: str, source: str, *, keep: bool) -> None:
         e, f = self.e, self.f
+        if self.training.activations != "autograd":
+            layer_operators.gated_backward(self, g, source, keep=keep)
+            return
         self.linear_backward("down_proj", g, "product", keep=keep)
         self.need("silu", self.up)
         self.make("d silu", e * f, reads=2 * e * f)

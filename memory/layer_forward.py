@@ -13,11 +13,14 @@ from typing import Literal, NamedTuple
 
 from farspan.errors import JobError
 from farspan.kernels.quantized import CHUNK_ELEMENTS
+from farspan.memory import layer_operators
 from farspan.memory.liveness import Ledger
 from farspan.memory.shape import ModelShape, Training
 
 Device = Literal["cuda", "cpu"]
 FP32, HALF = 4, 2
+FINAL_NORM = "final norm"
+"""The norm outside the layers, which stays as it is."""
 MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """Names of the linear layers inside an MLP."""
 
@@ -92,6 +95,8 @@ class LayerForward(Ledger):
         """By norm: its input as fp32."""
         self.normal: dict[str, str] = {}
         """By norm: what its weight multiplies."""
+        self.stands_for: dict[str, tuple[str, ...]] = {}
+        """By tensor: what is kept in its place."""
         self.kept_by: dict[str, list[str]] = {}
         """By tensor: the operators whose backward needs it."""
 
@@ -120,6 +125,8 @@ class LayerForward(Ledger):
 
     def norm(self, name: str, source: str, n: int, groups: int) -> str:
         """RMSNorm of transformers over n elements in `groups`: computed in fp32, each step a tensor of its own."""
+        if self.one_node(name):
+            return layer_operators.norm(self, name, n, groups)
         e, wide = self.e, FP32 * n
         source_fp32 = self.make(f"{name} in fp32", wide, reads=e * n) if self.casts else source
         self.drop(self.make(f"{name} squares", wide, reads=wide))
@@ -146,6 +153,14 @@ class LayerForward(Ledger):
         self.drop(normal)
         return out
 
+    def one_node(self, norm: str) -> bool:
+        """Whether this norm keeps less (`memory.operators`)."""
+        return self.training.activations != "autograd" and norm != FINAL_NORM
+
+    def kept_of(self, source: str) -> tuple[str, ...]:
+        """What is kept of a linear layer's input."""
+        return self.stands_for.get(source, (source,))
+
     def keep_for_backward(self, operator: str, *names: str) -> None:
         """An operator needs these in its backward."""
         if self.grad:
@@ -161,7 +176,7 @@ class LayerForward(Ledger):
         whole = self.whole(name)
         self.make(name, e * outputs)
         self.drop(*whole)
-        self.keep_for_backward(name, *[source] * self.trains_base)
+        self.keep_for_backward(name, *self.kept_of(source) * self.trains_base)
         if not self.training.adapts(name):
             return name
         adapter = self.training.adapter
@@ -238,20 +253,21 @@ class LayerForward(Ledger):
             self.drop(self.make(f"{name} start", e * adapter.rank))
             self.traffic += e * (inputs + 2 * outputs)
         kept = self.stored_input(source, inputs)
-        self.keep_for_backward(f"{name} adapter", kept, f"{name} A")
-        self.drop(f"{name} A", *[kept] * (self.grad and kept != source))
+        self.keep_for_backward(f"{name} adapter", *kept, f"{name} A")
+        rows = adapter.keep_rows < 1
+        self.drop(f"{name} A", *kept * (self.grad and rows))
         return name
 
-    def stored_input(self, source: str, inputs: int) -> str:
+    def stored_input(self, source: str, inputs: int) -> tuple[str, ...]:
         """What an adapter stores of its input: all, or some rows with indices and weights, once for all readers."""
         adapter = self.training.adapter
         assert adapter is not None
         if adapter.keep_rows == 1:
-            return source
+            return self.kept_of(source)
         rows = f"{source}, some rows"
         if self.grad and rows not in self.sizes:
             self.make(rows, adapter.keep_rows * (self.e * inputs + 8 + FP32), reads=self.e * inputs)
-        return rows
+        return (rows,)
 
     def attention(self, source: str) -> str:
         """q, k, v with their norms and rotary embedding, attention, out-projection; lets `source` go."""
@@ -337,6 +353,8 @@ class LayerForward(Ledger):
 
     def gated(self, source: str) -> str:
         e, f = self.e, self.f
+        if self.training.activations != "autograd":
+            return layer_operators.gated(self, source)
         if self.shape.fused:
             gate = up = self.linear("gate_up_proj", source)
         else:

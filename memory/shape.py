@@ -167,6 +167,8 @@ class Training(Schema):
     mlp_tile: int | None = Field(default=None, ge=1)
     """Rows of the MLP that exist at a time; None: all."""
     micro_batches: int = Field(default=1, ge=1)
+    activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
+    """What norms, gated units and trained linear layers keep (`memory.operators`)."""
 
     @property
     def world_size(self) -> int:

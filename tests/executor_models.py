@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from farspan.memory.coupling import Coupling, Streams
 from farspan.memory.executor import Executor
+from farspan.memory.operators import Activations, keep_less
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
 from farspan.trainer.adapters.config import Adapter
@@ -44,6 +45,7 @@ class Model:
         attention: str = NAME,
         layers: int = LAYERS,
         base: Base = UNQUANTIZED,
+        activations: Activations = "autograd",
         **changed: Any,
     ) -> None:
         adapter = adapter or FullFineTune()
@@ -57,6 +59,7 @@ class Model:
         streams: list[Coupling] = []
         self.model = add_adapter(self.causal, adapter, seed=1, streams=streams)
         self.coupling = streams[0] if streams else None
+        self.operators = keep_less(self.layers, activations, hidden_act=config.hidden_act)
         for index, (name, parameter) in enumerate(sorted(self.model.named_parameters())):
             if ("lora_B" in name or f"{CHILD}.up" in name) and parameter.numel():
                 # starts at zero, which would make the other factor's gradient zero too
@@ -194,11 +197,12 @@ def _step(
     tile: int | None = None,
     self_test: bool = False,
     base: Base = UNQUANTIZED,
+    activations: Activations = "autograd",
     wrong: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """Two micro-batches through an engine: losses, whole gradients, and the weights after the update."""
     with zero3(zero == 3, grid.device) if zero == 3 else contextlib.nullcontext():
-        made = Model(family, precision=precision, adapter=adapter, base=base)
+        made = Model(family, precision=precision, adapter=adapter, base=base, activations=activations)
     if tile is not None:
         tile_mlp(made.model, tile)
     store = Store(host_bytes=64 << 20) if placement is not None and placement.saved == "host" else None

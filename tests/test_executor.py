@@ -39,11 +39,14 @@ ADAPTERS = {
 _kept: dict[Any, dict[str, torch.Tensor]] = {}
 
 
-def kept(family: str, precision: str, adapter: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def kept(
+    family: str, precision: str, adapter: str, lengths: tuple[int, ...], activations: Any = "autograd"
+) -> dict[str, torch.Tensor]:
     """Losses and gradients of keeping everything, once per setting."""
-    key = (family, precision, adapter, lengths)
+    key = (family, precision, adapter, lengths, activations)
     if key not in _kept:
-        _kept[key] = Model(family, precision=precision, adapter=ADAPTERS[adapter]).gradients([*lengths])
+        made = Model(family, precision=precision, adapter=ADAPTERS[adapter], activations=activations)
+        _kept[key] = made.gradients([*lengths])
     return _kept[key]
 
 
@@ -91,6 +94,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     lengths=st.sampled_from([(S,), (300, 450, 150), (1, 897, 2)]),
     placement=placements(),
     hollow=st.booleans(),
+    activations=st.sampled_from(["autograd", "autograd", "fused", "fp8", "int4"]),
 )
 def test_any_placement_is_bit_equal_to_keep(
     store: Store,
@@ -100,10 +104,11 @@ def test_any_placement_is_bit_equal_to_keep(
     lengths: tuple[int, ...],
     placement: Placement,
     hollow: bool,
+    activations: Any,
 ) -> None:
-    made = Model(family, precision=precision, adapter=ADAPTERS[adapter])
+    made = Model(family, precision=precision, adapter=ADAPTERS[adapter], activations=activations)
     executor = Executor(made.layers, placement, store, hollow=hollow)
-    assert differing(made.gradients([*lengths]), kept(family, precision, adapter, lengths)) == []
+    assert differing(made.gradients([*lengths]), kept(family, precision, adapter, lengths, activations)) == []
     assert executor.ledger.bytes == 0
     assert {place: held for place, held in store.statistics().held_bytes.items() if held} == {}
 

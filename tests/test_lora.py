@@ -116,10 +116,10 @@ def test_what_is_stored(dropout: float) -> None:
 
 def test_dropout_is_dropout() -> None:
     """The share that is dropped, the scale of the rest, and backward through the very mask of forward."""
-    mask = _mask(torch.empty(1000, 200), key=5, share=0.25)
+    mask = _mask(torch.empty(0), (1000, 200), key=5, share=0.25)
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert float((mask == 0).float().mean()) == pytest.approx(0.25, abs=0.005)
-    assert torch.equal(mask, _mask(torch.empty(1000, 200), key=5, share=0.25))
+    assert torch.equal(mask, _mask(torch.empty(0), (1000, 200), key=5, share=0.25))
     _, ours = pair(lora_dropout=0.3)
     layer = ours.train().base_model.model.left
     x = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)

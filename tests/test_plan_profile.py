@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.errors import JobError
+from farspan.kernels.activation_codecs import CHUNK_ELEMENTS
 from farspan.kernels.attention_backends.per_document import prefix_rows
 from farspan.memory.allocations import footprint
 from farspan.memory.analytic import analytic_profile
@@ -26,6 +27,7 @@ from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_forward import head_split
 from farspan.memory.liveness import Size, peak
+from farspan.memory.operators import keep_less
 from farspan.memory.policies import grid_rows
 from farspan.memory.problem import PlanProblem
 from farspan.memory.profile import AttentionProfile, PairTime, Profile
@@ -33,6 +35,7 @@ from farspan.memory.saved import saved_on_host
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, StoredAs, Training
 from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
+from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install, keep_rows
 from farspan.trainer.adapters.lora.start import reserve
 from farspan.trainer.adapters.paca.apply import add_columns
@@ -121,7 +124,12 @@ def test_what_fused_kernels_would_keep() -> None:
 
 
 def decoder_layer(
-    family: str, precision: str, adapter: AdapterShape | None, tile: int | None, base: StoredAs | None
+    family: str,
+    precision: str,
+    adapter: AdapterShape | None,
+    tile: int | None,
+    base: StoredAs | None,
+    activations: Any = "autograd",
 ) -> tuple[Any, Any]:
     shape = small(family)
     config = AutoConfig.for_model(
@@ -156,6 +164,7 @@ def decoder_layer(
             install(adapted)
         if adapter.keep_rows < 1:
             keep_rows(adapted, adapter.keep_rows)
+    keep_less(decoder_layers(model), activations, hidden_act="silu")
     if tile is not None:
         tile_mlp(model, tile)
     model.train()
@@ -200,11 +209,16 @@ def hand_on(parameter: nn.Parameter) -> None:
     ],
 )
 def test_counts_equal_torch(
-    family: str, precision: str, adapter: AdapterShape | None, tile: int | None, base: StoredAs | None
+    family: str,
+    precision: str,
+    adapter: AdapterShape | None,
+    tile: int | None,
+    base: StoredAs | None,
+    activations: Any = "autograd",
 ) -> None:
     """What autograd saves, to the byte, and the peak of forward and backward of a layer."""
     rows, shape = 1024, small(family)
-    layer, rotary = decoder_layer(family, precision, adapter, tile, base)
+    layer, rotary = decoder_layer(family, precision, adapter, tile, base, activations)
     x = torch.randn(
         1, rows, shape.hidden, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, requires_grad=True
     )
@@ -238,9 +252,17 @@ def test_counts_equal_torch(
     x.grad = None
     took = footprint(rebuild, x.device).peak_bytes + dy.nbytes
 
-    training = Training(precision=precision, adapter=adapter, mlp_tile=tile, micro_batches=2, base=base)  # type: ignore[arg-type]
+    training = Training(
+        precision=precision,  # type: ignore[arg-type]
+        adapter=adapter,
+        mlp_tile=tile,
+        micro_batches=2,
+        base=base,
+        activations=activations,
+    )
     (kind,) = analytic_profile(shape, training, CPU).kinds
-    keeps_x = precision == "fp32" or (family == "olmo2" and adapter is None)
+    keeps_x = precision == "fp32" and activations == "autograd"
+    keeps_x |= family == "olmo2" and (adapter is None or adapter.kind == "lora")  # its linear layers read x itself
     own_x = x.nbytes if keeps_x else 0
     assert kind.keep_bytes.at(rows) - own_x == sum(saved.values())
     # the workspace of the matmul library is not counted
@@ -267,6 +289,34 @@ def test_counts_equal_torch(
     # nor is a MiB that attention's backward takes at any length
     workspace = 1.01 * 2**20
     assert peak(counted.moments, Size(), tile or 0).bytes_at(rows) == pytest.approx(took, rel=5e-3, abs=workspace)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "adapter", "tile", "base", "activations"),
+    [
+        ("llama", "bf16", LORA, None, None, "fused"),
+        ("llama", "bf16", LORA, None, None, "int4"),
+        ("qwen3", "fp32", None, 256, None, "fused"),
+        ("llama", "bf16", None, None, None, "fp8"),
+        ("olmo2", "bf16", AdapterShape(rank=8, dropout=True), None, None, "int4"),
+        ("phi3", "bf16", AdapterShape(rank=8, start=True), None, None, "fp8"),
+        ("olmo2", "fp32", None, None, None, "fused"),
+        ("qwen3", "bf16", COLUMNS, 512, None, "int4"),
+        ("llama", "bf16", AdapterShape(rank=8, keep_rows=0.25), None, StoredAs(type="nf4"), "fused"),
+        ("llama", "bf16", SCALES, None, StoredAs(type="integers"), "fp8"),
+    ],
+)
+def test_counts_of_operators_that_keep_less(
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    precision: str,
+    adapter: AdapterShape | None,
+    tile: int | None,
+    base: StoredAs | None,
+    activations: str,
+) -> None:
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1 << 16)  # at a thousand rows what a chunk takes would lead
+    test_counts_equal_torch(family, precision, adapter, tile, base, activations)
 
 
 @pytest.mark.parametrize(("precision", "trained"), [("bf16", True), ("bf16", False), ("fp32", False)])

@@ -23,6 +23,7 @@ from farspan.memory.config import Tiles
 from farspan.memory.coupling import Coupling
 from farspan.memory.executor import Executor
 from farspan.memory.frame import reads_last
+from farspan.memory.operators import keep_less
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
@@ -313,9 +314,9 @@ def prepare_model(
 ) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
     """Apply everything a job asks for to a loaded model.
 
-    The order: adapters first, since they replace linear layers; then the MLP tiles, which wrap the layers as they are
-    by then; then the executor, which rebuilds whole layers, tiles included; the loss head last, since an adapter may
-    have swapped the projection it shares.
+    The order: adapters first, since they replace linear layers; then the operators that keep less, which call them;
+    then the MLP tiles, which wrap the layers as they are by then; then the executor, which rebuilds whole layers, tiles
+    included; the loss head last, since an adapter may have swapped the projection it shares.
 
     Args:
         placement: what each layer stores; None: autograd's own way.
@@ -326,6 +327,9 @@ def prepare_model(
     """
     streams: list[Coupling] = []
     model = add_adapter(causal, adapter, seed=seed, streams=streams)
+    keep_less(
+        decoder_layers(causal), memory.activations, hidden_act=getattr(causal.config, "hidden_act", None) or "silu"
+    )
     if memory.mlp_tile != "off":
         tile_mlp(model, memory.mlp_tile)
     executor = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from farspan.errors import JobError
-from farspan.memory.frame import HOLLOW, TILED_MLP, current
+from farspan.memory.frame import HOLLOW, TILED_MLP, current, draws
 
 
 class _TiledRows(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _TiledRows(torch.autograd.Function):
     ) -> Tensor:
         del anchor  # gives the node a gradient to wait for when x itself needs none (frozen embeddings below)
         ctx.call, ctx.rows, ctx.mlp = call, rows, mlp
-        ctx.random = _random_state(x_BSC.device) if _has_dropout(mlp) else None
+        ctx.random = _random_state(x_BSC.device) if draws(mlp) else None
         ctx.save_for_backward(x_BSC)
         frame = current()
         if frame is not None and HOLLOW in frame.hollow:
@@ -55,10 +55,6 @@ class _TiledRows(torch.autograd.Function):
                     dx[:, index * ctx.rows : index * ctx.rows + x_tile.shape[1]] = leaf.grad
                 del y, leaf  # not beside those of the next tile
         return dx, None, None, None, None
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
 
 
 def _random_state(device: torch.device) -> Tensor:

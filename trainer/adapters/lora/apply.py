@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from farspan.errors import JobError
-from farspan.memory.frame import current
-from farspan.trainer.adapters.lora.rows import KeptRows, RowSampler
+from farspan.memory.frame import DRAWS, current
+from farspan.memory.operators import Stored, stored
+from farspan.trainer.adapters.lora.rows import RowSampler
 from farspan.trainer.adapters.lora.start import PROBE, START_A, START_B
 from farspan.trainer.adapters.targets import SHARED
 from farspan.trainer.bases.linear import QuantizedLinear
@@ -51,6 +52,7 @@ def keep_rows(model: nn.Module, share: float) -> None:
             block, _, last = name.rpartition(".")
             sampler = samplers.setdefault(f"{block}.{SHARED.get(last, last)}", RowSampler(share))
             setattr(layer, ROWS, sampler)
+            setattr(layer, DRAWS, True)
 
 
 def _forward(layer: Any, of_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -67,11 +69,13 @@ def _forward(layer: Any, of_peft: Callable[..., Tensor], x: Tensor, *args: Any, 
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dropout = layer.lora_dropout[adapter]
     share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    kept = None
+    kept = stored(x)
+    recipe: Stored | None = kept.recipe()
+    tensors = kept.tensors
     if hasattr(layer, ROWS) and layer.training:
-        kept = getattr(layer, ROWS).of(x, wanted=torch.is_grad_enabled())
+        recipe, tensors = None, getattr(layer, ROWS).of(x, wanted=torch.is_grad_enabled()) or ()
     start = (getattr(layer, START_A), getattr(layer, START_B)) if hasattr(layer, START_A) else None
-    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share, start, kept)
+    return _LoRALinear.apply(x, a, b, layer.get_base_layer(), layer.scaling[adapter], share, start, recipe, *tensors)
 
 
 def _plain_adapter(layer: Any, x: Tensor) -> str | None:
@@ -96,7 +100,8 @@ def _plain_adapter(layer: Any, x: Tensor) -> str | None:
 class _LoRALinear(torch.autograd.Function):
     """x [..., C], A [r, C], B [N, r] -> [..., N].
 
-    `start`: a frozen A and B whose product is taken off. `kept`: the rows of x that A's gradient is made from.
+    `start`: a frozen A and B whose product is taken off. `kept`: what A's gradient is made from, x as
+    `recipe` makes it or, without one, `KeptRows` of it.
     """
 
     @staticmethod
@@ -109,7 +114,8 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         share: float,
         start: tuple[Tensor, Tensor] | None,
-        kept: KeptRows | None,
+        recipe: Stored | None,
+        *kept: Tensor,
     ) -> Tensor:
         frame = current()
         if frame is not None:
@@ -118,37 +124,30 @@ class _LoRALinear(torch.autograd.Function):
         held = frame is not None and frame.output_is_held
         ctx.key = int(torch.randint(2**62, ()).item()) if share else None
         x_RC = x.reshape(-1, x.shape[-1])
-        low_Rr = (x_RC if ctx.key is None else x_RC * _mask(x_RC, ctx.key, share)) @ a.t()
+        low_Rr = (x_RC if ctx.key is None else x_RC * _mask(x_RC, x_RC.shape, ctx.key, share)) @ a.t()
         y_RN = y.view(-1, y.shape[-1])
         y_RN = torch.addmm(y_RN, low_Rr, b.t(), alpha=scale) if held else y_RN.addmm_(low_Rr, b.t(), alpha=scale)
         if start is not None:
             y_RN.addmm_(x_RC @ start[0].t(), start[1].t(), alpha=-scale)
         ctx.base, ctx.scale, ctx.share, ctx.start = base, scale, share, start
-        ctx.shape = x.shape
-        ctx.save_for_backward(*((x,) if kept is None else kept), low_Rr, a, b)
+        ctx.shape, ctx.recipe = x.shape, recipe
+        ctx.save_for_backward(low_Rr, a, b, *kept)
         return y_RN.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        *kept, low_Rr, a, b = ctx.saved_tensors
-        x_RC, dy_RN = kept[0].reshape(-1, ctx.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        low_Rr, a, b, *kept = ctx.saved_tensors
+        dy_RN = dy.reshape(-1, dy.shape[-1])
         probe = getattr(ctx.base, PROBE, None)
         if probe is not None:
-            probe(x_RC, dy_RN)
+            probe(_input(ctx, kept), dy_RN)
         dlow_Rr = (dy_RN @ b).mul_(ctx.scale)
         db = (dy_RN.t() @ low_Rr).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
         mask = None
         if ctx.key is not None:
-            mask = _mask(dy_RN.new_empty((dy_RN.shape[0], ctx.shape[-1]), dtype=x_RC.dtype), ctx.key, ctx.share)
-        da = None
-        if ctx.needs_input_grad[1]:
-            rows, of_mask = dlow_Rr, mask
-            if len(kept) > 1:
-                _, index, weight = kept
-                rows = dlow_Rr.index_select(0, index) * weight[:, None].to(dlow_Rr.dtype)
-                of_mask = None if mask is None else mask.index_select(0, index)
-            da = rows.t() @ (x_RC if of_mask is None else x_RC * of_mask)
+            mask = _mask(dy_RN, (dy_RN.shape[0], ctx.shape[-1]), ctx.key, ctx.share)
+        da = _gradient_of_a(ctx, kept, dlow_Rr, mask) if ctx.needs_input_grad[1] else None
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy_RN @ ctx.base.weight
@@ -159,10 +158,25 @@ class _LoRALinear(torch.autograd.Function):
             if ctx.start is not None:
                 dx.addmm_(dy_RN @ ctx.start[1], ctx.start[0], alpha=-ctx.scale)
             dx = dx.view(ctx.shape)
-        return dx, da, db, None, None, None, None, None
+        return dx, da, db, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
-def _mask(x_RC: Tensor, key: int, share: float) -> Tensor:
+def _input(ctx: Any, kept: list[Tensor]) -> Tensor:
+    """x [R, C], or the rows of it that are there."""
+    x: Tensor = kept[0] if ctx.recipe is None else ctx.recipe.back(tuple(kept))
+    return x.reshape(-1, ctx.shape[-1])
+
+
+def _gradient_of_a(ctx: Any, kept: list[Tensor], dlow_Rr: Tensor, mask: Tensor | None) -> Tensor:
+    x_RC = _input(ctx, kept)
+    if ctx.recipe is None:
+        _, index, weight = kept
+        dlow_Rr = dlow_Rr.index_select(0, index) * weight[:, None].to(dlow_Rr.dtype)
+        mask = None if mask is None else mask.index_select(0, index)
+    return dlow_Rr.t() @ (x_RC if mask is None else x_RC * mask)
+
+
+def _mask(like: Tensor, shape: tuple[int, ...], key: int, share: float) -> Tensor:
     """What dropout multiplies with: 0 for `share` of the elements, 1 / (1 - share) for the rest; the same for a key."""
-    generator = torch.Generator(x_RC.device).manual_seed(key)
-    return torch.empty_like(x_RC).bernoulli_(1 - share, generator=generator).div_(1 - share)
+    generator = torch.Generator(like.device).manual_seed(key)
+    return like.new_empty(shape).bernoulli_(1 - share, generator=generator).div_(1 - share)
