@@ -112,13 +112,13 @@ class LayerRun(LayerForward):
             return
         adapter = self.training.adapter
         if self.training.adapts(name) and adapter is not None and adapter.kind == "scales":
-            kept = name if adapter.group is None else source
-            self.need(kept)
+            known = name if adapter.group is None else source
+            self.need(known)
             whole = self.whole(name)
             dx = self.make(f"d {name} in", e * inputs)
             self.drop(*whole)
             self.drop(*[g] * (not keep))
-            self.used(kept)
+            self.used(known)
             self.arrive(source, dx, e * inputs, owns=False)
             return
         if self.training.adapts(name) and adapter is not None and adapter.kind == "columns":
@@ -137,9 +137,9 @@ class LayerRun(LayerForward):
         kept = self.kept_of(source) * self.trains_base
         self.need(*kept)
         if self.trains_base:
-            again = self.made_again(name, source, inputs)
+            remade = self.made_again(name, source, inputs)
             self.make(f"d {name} weight", 0.0, constant=e * inputs * outputs)
-            self.drop(*again)
+            self.drop(*remade)
         whole = self.whole(name)
         dx = self.make(f"d {name} in", e * inputs)
         self.drop(*whole)

@@ -28,7 +28,7 @@ def norm(run: LayerForward, name: str, n: int, groups: int) -> str:
     if not run.grad:
         chunk(run, "norm")
         return out
-    kept = (out,)
+    kept: tuple[str, ...] = (out,)
     kind = run.training.activations
     if kind != "fused":
         sizes = values_bytes(kind, n // groups)

@@ -34,7 +34,7 @@ CODECS: dict[str, Codec] = {
 
 
 def there_and_back(codec: Codec, x_RC: Tensor, key: int | None) -> Tensor:
-    encoder = Encoder(codec, *x_RC.shape, x_RC.device, key)
+    encoder = Encoder(codec, x_RC, key)
     encoder.put(slice(0, x_RC.shape[0]), x_RC)
     assert sum(part.nbytes for part in encoder.parts) == x_RC.shape[0] * codec.bytes(x_RC.shape[1])
     return codec.decode(*encoder.parts)
@@ -88,7 +88,7 @@ def test_rounding_at_random_has_the_right_mean_and_little_variance(name: str) ->
 
 
 def steps_of(codec: Groups4, x: Tensor) -> Tensor:
-    encoder = Encoder(codec, *x.shape, x.device, None)
+    encoder = Encoder(codec, x, None)
     encoder.put(slice(0, x.shape[0]), x)
     step = encoder.parts[1].float().view(x.shape[0], -1, 2)[..., 1:]
     return step.expand(-1, -1, codec.group).reshape(x.shape)

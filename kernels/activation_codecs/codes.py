@@ -139,9 +139,10 @@ class Groups8(Codec):
         return values.view(codes.shape[0], -1, self.group).mul_(scale.float()[..., None]).view(values.shape)
 
 
-def row_chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+def row_chunks(like_RC: Tensor) -> Iterator[slice]:
     """Rows to be made whole at a time."""
-    step = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // width)
+    rows, width = like_RC.shape
+    step = max(1, CHUNK_ELEMENTS.get(like_RC.device.type, CHUNK_ELEMENTS["cuda"]) // width)
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))
 
@@ -150,14 +151,15 @@ class Encoder:
     """Codes of a tensor that is made some rows at a time.
 
     Args:
+        like_RC: of the tensor's shape and device.
         key: of the noise; None: to the nearest.
     """
 
-    def __init__(self, codec: Codec, rows: int, width: int, device: torch.device, key: int | None) -> None:
+    def __init__(self, codec: Codec, like_RC: Tensor, key: int | None) -> None:
         self.codec = codec
+        (rows, width), device = like_RC.shape, like_RC.device
         self.parts = tuple(torch.empty(rows, n, dtype=dtype, device=device) for n, dtype in codec.parts(width))
-        wanted = codec.draws and key is not None
-        self._draw = torch.Generator(device).manual_seed(key) if wanted else None  # type: ignore[arg-type]
+        self._draw = torch.Generator(device).manual_seed(key) if codec.draws and key is not None else None
 
     def put(self, rows: slice, x_RC: Tensor) -> None:
         """Encode these rows; in order, each once."""

@@ -106,7 +106,7 @@ def _mlp(mlp: Any, unit: GatedUnit, x: Tensor) -> Tensor:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     product = unit(gate, up, training=mlp.training)
     del gate, up  # where codes stand for them nobody needs them any more
-    return mlp.down_proj(product)  # type: ignore[no-any-return]
+    return mlp.down_proj(product)
 
 
 def _check_groups(width: int, settings: Settings, name: str) -> None:

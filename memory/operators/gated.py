@@ -46,8 +46,8 @@ class GatedUnit:
     def act_backward(self, d: Tensor, gate: Tensor) -> Tensor:
         """d act'(gate), by autograd's own operator."""
         if self.activation == "silu":
-            return _aten.silu_backward(d, gate)  # type: ignore[no-any-return]
-        return _aten.gelu_backward(d, gate, approximate=self._approximate)  # type: ignore[no-any-return]
+            return _aten.silu_backward(d, gate)
+        return _aten.gelu_backward(d, gate, approximate=self._approximate)
 
     def __call__(self, gate: Tensor, up: Tensor, *, training: bool) -> Tensor:
         """The product [..., F]; its `Stored` form says how to make it again."""
@@ -58,9 +58,9 @@ class GatedUnit:
         recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
         codecs = self.codecs(gate.shape[-1], gate.dtype) if recorded else ()
         keys = [None if key is None else key + i for i in range(len(codecs))]  # noise of its own for each
-        codes = [Encoder(c, *gate_RF.shape, gate.device, k) for c, k in zip(codecs, keys)]
+        codes = [Encoder(c, gate_RF, k) for c, k in zip(codecs, keys)]
         with torch.no_grad():
-            for rows in row_chunks(*gate_RF.shape, gate.device):
+            for rows in row_chunks(gate_RF):
                 torch.mul(self.act(gate_RF[rows]), up_RF[rows], out=product_RF[rows])
                 if codes:
                     self._store(codes, rows, gate_RF[rows], up_RF[rows])
@@ -109,7 +109,7 @@ def _product(unit: GatedUnit, codecs: tuple[Codec, ...], dtype: torch.dtype, wid
     """[R, F] again: of gate and up the same bits, of codes nearly."""
     kept = [_rows(part) for part in parts]
     out = torch.empty(kept[0].shape[0], width, dtype=dtype, device=kept[0].device)
-    for rows in row_chunks(*out.shape, out.device):
+    for rows in row_chunks(out):
         out[rows] = _multiplied(unit, _decoded(codecs, kept, rows, first=max(0, len(codecs) - 2)))
     return out
 
@@ -140,7 +140,7 @@ class _Gated(torch.autograd.Function):
         d_RF = _rows(d)
         d_gate, d_up = (torch.empty(d.shape, dtype=d.dtype, device=d.device) for _ in range(2))
         into_gate, into_up = d_gate.view(d_RF.shape), d_up.view(d_RF.shape)
-        for rows in row_chunks(*d_RF.shape, d.device):
+        for rows in row_chunks(d_RF):
             _backward(unit, _decoded(ctx.codecs, kept, rows), d_RF[rows], into_gate[rows], into_up[rows])
         return d_gate, d_up, *(None,) * (len(ctx.needs_input_grad) - 2)
 

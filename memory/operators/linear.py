@@ -30,7 +30,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 def _node(layer: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
     """The layer's autograd node around an output that is at hand."""
     kept = stored(x)
-    return _Linear.apply(x, layer.weight, layer.bias, y, layer, kept.recipe(), *kept.tensors)  # type: ignore[no-any-return]
+    return _Linear.apply(x, layer.weight, layer.bias, y, layer, kept.recipe(), *kept.tensors)
 
 
 class _Linear(torch.autograd.Function):

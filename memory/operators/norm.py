@@ -41,7 +41,7 @@ class RMSNorm:
     @property
     def trained(self) -> Tensor:
         weight: Any = self.module.weight
-        return weight  # type: ignore[no-any-return]
+        return weight
 
     def weight(self) -> Tensor:
         """fp32 [C], what n is multiplied with."""
@@ -53,21 +53,21 @@ class RMSNorm:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         y_RC = y.view(x_RC.shape)
         if not torch.is_grad_enabled() or not (x.requires_grad or self.trained.requires_grad):
-            for rows in row_chunks(*x_RC.shape, x.device):
+            for rows in row_chunks(x_RC):
                 y_RC[rows] = self.plain(x_RC[rows])
             return y
         codec = self.settings.of_values(x.shape[-1], x.dtype)
-        codes = None if isinstance(codec, Plain) else Encoder(codec, *x_RC.shape, x.device, key)
+        codes = None if isinstance(codec, Plain) else Encoder(codec, x_RC, key)
         inverse_R = torch.empty(x_RC.shape[0], device=x.device)
         with torch.no_grad():
-            for rows in row_chunks(*x_RC.shape, x.device):
+            for rows in row_chunks(x_RC):
                 y_RC[rows] = self.plain(x_RC[rows])
                 inverse_R[rows] = self._inverse(x_RC[rows])
                 if codes is not None:
                     codes.put(rows, x_RC[rows] * inverse_R[rows, None])
         if codes is None:
             keeps = "y" if self._gives_back() else "x"
-            return _Norm.apply(x, self.trained, y, inverse_R, self, codec, keeps)  # type: ignore[no-any-return]
+            return _Norm.apply(x, self.trained, y, inverse_R, self, codec, keeps)
         out: Tensor = _Norm.apply(x, self.trained, y, inverse_R, self, codec, "codes", *codes.parts)
         say_stored(out, Stored(codes.parts, partial(_outputs, self, codec, x.dtype)))
         return out
@@ -87,7 +87,7 @@ def _outputs(norm: RMSNorm, codec: Codec, dtype: torch.dtype, *parts: Tensor) ->
     """y [R, C] again, nearly."""
     weight = norm.weight()
     out = torch.empty(parts[0].shape[0], weight.numel(), dtype=dtype, device=parts[0].device)
-    for rows in row_chunks(*out.shape, out.device):
+    for rows in row_chunks(out):
         out[rows] = codec.decode(*(part[rows] for part in parts)).mul_(weight)
     return out
 
@@ -125,7 +125,7 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         into_RC = dx.view(dy_RC.shape) if dx is not None else None
-        for rows in row_chunks(*dy_RC.shape, dy.device):
+        for rows in row_chunks(dy_RC):
             n = _normal(ctx, [part[rows] for part in kept], inverse_R[rows, None], weight)
             if dw is not None:
                 dw += (dy_RC[rows] * n).sum(0)
@@ -140,7 +140,7 @@ class _Norm(torch.autograd.Function):
 def _normal(ctx: Any, kept: list[Tensor], inverse_R1: Tensor, weight: Tensor) -> Tensor:
     """x / rms(x) of some rows, fp32."""
     if ctx.keeps == "codes":
-        return ctx.codec.decode(*kept)  # type: ignore[no-any-return]
+        return ctx.codec.decode(*kept)
     return kept[0] * inverse_R1 if ctx.keeps == "x" else kept[0] / weight
 
 
