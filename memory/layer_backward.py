@@ -112,13 +112,15 @@ class LayerRun(LayerForward):
             return
         adapter = self.training.adapter
         if self.training.adapts(name) and adapter is not None and adapter.kind == "scales":
-            known = name if adapter.group is None else source
-            self.need(known)
+            known = (name,) if adapter.group is None else self.kept_of(source)
+            self.need(*known)
+            again = self.made_again(name, source, inputs) if adapter.group is not None else []
+            self.drop(*again)
             whole = self.whole(name)
             dx = self.make(f"d {name} in", e * inputs)
             self.drop(*whole)
             self.drop(*[g] * (not keep))
-            self.used(known)
+            self.used(*known)
             self.arrive(source, dx, e * inputs, owns=False)
             return
         if self.training.adapts(name) and adapter is not None and adapter.kind == "columns":

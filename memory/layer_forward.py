@@ -182,7 +182,7 @@ class LayerForward(Ledger):
         adapter = self.training.adapter
         assert adapter is not None
         if adapter.kind == "scales":
-            self.keep_for_backward(f"{name} adapter", name if adapter.group is None else source)
+            self.keep_for_backward(f"{name} adapter", *((name,) if adapter.group is None else self.kept_of(source)))
             return name
         if adapter.kind == "columns":
             if self.grad:

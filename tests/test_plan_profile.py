@@ -304,6 +304,7 @@ def test_counts_equal_torch(
         ("qwen3", "bf16", COLUMNS, 512, None, "int4"),
         ("llama", "bf16", AdapterShape(rank=8, keep_rows=0.25), None, StoredAs(type="nf4"), "fused"),
         ("llama", "bf16", SCALES, None, StoredAs(type="integers"), "fp8"),
+        ("llama", "bf16", SCALES.model_copy(update={"group": 64}), None, StoredAs(type="integers", group=64), "int4"),
     ],
 )
 def test_counts_of_operators_that_keep_less(

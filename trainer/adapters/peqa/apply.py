@@ -18,6 +18,7 @@ from torch.nn import functional
 from farspan.errors import JobError
 from farspan.kernels.quantized import chunk
 from farspan.kernels.quantized.integers import pack, quantize_rows, unpack
+from farspan.memory.operators.stored import Stored, stored
 from farspan.trainer.adapters.peqa.config import PEQA
 from farspan.trainer.adapters.targets import target_linears
 from farspan.trainer.bases.linear import QuantizedLinear
@@ -65,30 +66,33 @@ class PeqaLinear(QuantizedLinear):
         return self.node_of(x, y)
 
     def node_of(self, x: Tensor, y: Tensor) -> Tensor:
-        return _PeqaLinear.apply(x, self.scale, y, self)
+        kept = stored(x) if self.scale.shape[1] > 1 else Stored((y,))
+        return _PeqaLinear.apply(x, self.scale, y, self, kept.recipe(), *kept.tensors)
 
 
 class _PeqaLinear(torch.autograd.Function):
-    """x [..., C], s [N, groups], y [..., N] -> y."""
+    """x [..., C], s [N, groups], y [..., N] -> y. `kept`: y, or of grouped scales what `recipe` makes x from."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, y: Tensor, layer: PeqaLinear) -> Tensor:
-        ctx.layer = layer
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, y: Tensor, layer: PeqaLinear, recipe: Stored, *kept: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.recipe = layer, recipe
         y = y.view_as(y)
-        ctx.save_for_backward(y if scale.shape[1] == 1 else x)
+        ctx.save_for_backward(*((y,) if scale.shape[1] == 1 else kept))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         layer: PeqaLinear = ctx.layer
-        (kept,) = ctx.saved_tensors
-        dy_RN, kept = dy.reshape(-1, dy.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        dy_RN = dy.reshape(-1, dy.shape[-1])
         ds = None
         if ctx.needs_input_grad[1]:
+            kept = ctx.recipe.back(ctx.saved_tensors).reshape(dy_RN.shape[0], -1)
             ds = _of_rows(layer, dy_RN, kept) if layer.scale.shape[1] == 1 else _of_groups(layer, dy_RN, kept)
         dx = (dy_RN @ layer.whole()).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        return dx, ds, None, None
+        return dx, ds, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 def _of_rows(layer: PeqaLinear, dy_RN: Tensor, y_RN: Tensor) -> Tensor:
