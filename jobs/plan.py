@@ -52,6 +52,8 @@ class Planned:
     """Sizes of a step, in words."""
     tokens_per_step: int = 0
     """Of all ranks together; 0 where nobody asked."""
+    activations: str = "autograd"
+    """What layers keep of norms and gated units, as in `memory.activations`."""
     tiled_s: float | None = None
     """A step with `memory.mlp_tile` at `MLP_TILE`, where that would be quicker; worked out only where it is likely."""
 
@@ -109,10 +111,12 @@ def plan(
             solution.prediction,
             solution,
             calibration,
+            activations=train.memory.activations,
             tiled_s=tiled_s,
         )
     placement = fixed_policy(problem, policy)
-    return Planned(policy, hardware, problem, placement, evaluate(problem, placement), None, calibration)
+    prediction, kept_as = evaluate(problem, placement), train.memory.activations
+    return Planned(policy, hardware, problem, placement, prediction, None, calibration, activations=kept_as)
 
 
 def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> bool:

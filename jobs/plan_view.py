@@ -109,6 +109,8 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
 
     if (line := kept_line(planned)) is not None:
         console.print(line, highlight=False)
+    if (line := error_line(planned)) is not None:
+        console.print(line, highlight=False)
     if planned.solution is not None:
         console.print(f"bottleneck: {planned.solution.bottleneck}", highlight=False)
     if planned.next_best is not None:
@@ -156,6 +158,30 @@ def kept_line(planned: Planned) -> str | None:
         side, x = (size_bytes / planned.problem.rows / 1024 for size_bytes in (kind.side_bytes, kind.x_bytes))
         line += f"; of a reversible layer {side:.3g} KiB are stored, its input is {x:.3g}"
     return line
+
+
+def gradient_errors(planned: Planned) -> dict[str, dict[str, float | None]]:
+    """By kind of layer, how far activations in codes turn its gradients, where it was measured."""
+    return {
+        kind.name: kind.gradient_error.model_dump(mode="json")
+        for kind in planned.problem.kinds
+        if kind.gradient_error is not None
+    }
+
+
+def error_line(planned: Planned) -> str | None:
+    """What activations in codes cost in accuracy of gradients."""
+    kept_as = planned.activations
+    if kept_as in ("autograd", "fused"):
+        return None
+    found = [kind.gradient_error for kind in planned.problem.kinds if kind.gradient_error is not None]
+    if not found:
+        return f"activations in {kept_as}: gradients are off by what was not measured here (farspan plan JOB --measure)"
+    weights, inputs = max(e.weights or 0.0 for e in found), max(e.input for e in found)
+    return (
+        f"activations in {kept_as}: gradients of a layer's trained weights are off by {weights:.1%}, of its input by "
+        f"{inputs:.1%}; measured on random weights, every run measures its own at start"
+    )
 
 
 def stored_name(name: str, problem: PlanProblem) -> str:
@@ -235,6 +261,7 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "next_best": None,
         "tiled_s": planned.tiled_s,
         "kept_tensors": kept_tensors(planned),
+        "gradient_errors": gradient_errors(planned),
         "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:

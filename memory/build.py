@@ -113,6 +113,7 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
         keep_backward_peak_bytes=kind.keep_backward_peak.bytes_at(rows),
         gradient_bytes=kind.gradient_bytes,
         saved=kind.saved,
+        gradient_error=kind.gradient_error,
         on_host=None if kind.on_host is None else _on_host(kind.on_host, rows),
     )
 

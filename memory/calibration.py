@@ -25,7 +25,7 @@ from farspan.memory.shape import ModelShape, Training, Weights
 from farspan.memory.states import gradient_width, model_states, optimizer_s, step_peak_bytes
 from farspan.schema import Schema
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 """Of what a profile means; a higher one forgets all calibrations."""
 
 

@@ -20,6 +20,7 @@ from farspan.memory.allocations import fastest_s, footprint
 from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, linear_classes, route_linear
 from farspan.memory.moments import CUT_BYTES, Run
 from farspan.memory.needed import kept_tensors
+from farspan.memory.operators import gradient_error
 from farspan.memory.samples import MARK_BYTES, LayerSample, Subject, hand_on, mark, weights_in
 from farspan.memory.saved import saved_on_host
 from farspan.memory.single_layers import hooked
@@ -125,6 +126,7 @@ class LayerAllocations(_Layer):
         self.clear()
         self.backward_as_kept(call(self.leaf()))
         sample.saved = kept_tensors(self.layer, call, x)
+        sample.gradient_error = gradient_error(self.layer, call, x)
         self.o = self._inputs()
         self._plain()
         self._keep()

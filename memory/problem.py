@@ -56,6 +56,14 @@ class SavedTensor(Schema):
     bytes_per_row: float
 
 
+class GradientError(Schema):
+    """How far codes of saved activations turn a layer's gradients, relative to those without."""
+
+    weights: float | None
+    """Of all trained parameters together; None: none is trained."""
+    input: float
+
+
 class LayerKind(Schema):
     """Decoder layers that cost the same. Peaks are working memory beyond what is said to be held already."""
 
@@ -99,6 +107,8 @@ class LayerKind(Schema):
 
     saved: tuple[SavedTensor, ...] = ()
     """What `keep_bytes` is made of, for people to read; empty where nobody counted it."""
+    gradient_error: GradientError | None = None
+    """None: activations are not kept in codes, or nobody measured."""
     on_host: OnHost | None = None
     """None: saved tensors can only wait on the device."""
     keep_host_bytes: int = 0

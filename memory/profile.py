@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from farspan.memory.problem import SavedTensor
+from farspan.memory.problem import GradientError, SavedTensor
 from farspan.memory.shape import Weights
 from farspan.schema import Schema
 
@@ -144,6 +144,7 @@ class KindProfile(Schema):
     on_host: OnHostProfile | None = None
     saved: tuple[SavedTensor, ...] = ()
     """What `keep_bytes` is made of, largest first."""
+    gradient_error: GradientError | None = None
     weights: Weights | None = None
     """Of one layer, where it was measured."""
 

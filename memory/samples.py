@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from farspan.memory.frame import HOLLOW, TILED_MLP
 from farspan.memory.liveness import Size
 from farspan.memory.moments import Run, fit_end, fit_peak, fit_values
-from farspan.memory.problem import SavedTensor
+from farspan.memory.problem import GradientError, SavedTensor
 from farspan.memory.profile import (
     Amount,
     AttentionProfile,
@@ -65,6 +65,7 @@ class LayerSample:
     weights: Weights | None = None
     linear_bytes_per_row: dict[str, float] = field(default_factory=dict)
     saved: list[SavedTensor] = field(default_factory=list)
+    gradient_error: GradientError | None = None
     runs: dict[str, list[Run]] = field(default_factory=dict)
     moved: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Bytes of saved tensors copied to the host and back, by way of running it, in the order of `runs`."""
@@ -163,6 +164,7 @@ def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile
         gradient_bytes=sample.gradient_bytes if gradients != "handed on" else 0,
         on_host=_on_host(sample, booked.plus(dy), booked, tile) if sample.moved else None,
         saved=tuple(sample.saved),
+        gradient_error=sample.gradient_error,
         weights=sample.weights,
     )
 

@@ -29,7 +29,7 @@ from farspan.errors import JobError, RunFailed
 from farspan.memory.executor import Executor
 from farspan.memory.frame import TILED_MLP
 from farspan.memory.plan import LayerPlan, Placement, Rows
-from farspan.memory.single_layers import calls_of, layer_kind
+from farspan.memory.single_layers import calls_of, layer_kind, nothing_zero
 from farspan.memory.tiered import DeviceLedger
 
 ROWS = 1024
@@ -153,7 +153,7 @@ class _Comparison:
 
     def differences(self, *, exact: bool) -> list[_Difference]:
         """What a rebuild gets wrong, the first in the order of backward first."""
-        with self._nothing_zero():
+        with nothing_zero(self.trained.values()):
             want = self._wanted()
             spread = 0.0
             if not exact:
@@ -193,18 +193,6 @@ class _Comparison:
         finally:
             for p in self.trained.values():
                 p.grad = None
-
-    @contextlib.contextmanager
-    def _nothing_zero(self) -> Iterator[None]:
-        """Adapters begin with a factor of zeros, which would make the other factor's gradient zero however wrong."""
-        zeros = [p for p in self.trained.values() if not p.detach().any()]
-        try:
-            for p in zeros:
-                p.data.normal_(std=0.02)
-            yield
-        finally:
-            for p in zeros:
-                p.data.zero_()
 
 
 class _CoupledComparison(_Comparison):
@@ -266,7 +254,7 @@ class _CoupledComparison(_Comparison):
         seen: list[tuple[Tensor, Tensor]] = []
         coupling.observer = lambda _, streams: seen.append((streams.main.clone(), streams.other.clone()))
         try:
-            with self._nothing_zero():
+            with nothing_zero(self.trained.values()):
                 for _ in self._backward(self._rebuilt):
                     pass
         finally:

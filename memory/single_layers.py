@@ -8,7 +8,7 @@ be run on any hidden states of the same shape. Costs embedding and final norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,6 +32,19 @@ def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
         for name, p in layer.named_parameters()
     )
     return type(layer).__name__, attention, window, tiles, dropout, parameters
+
+
+@contextmanager
+def nothing_zero(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Adapters begin with a factor of zeros, which would make the other factor's gradient zero however wrong."""
+    zeros = [p for p in parameters if not p.detach().any()]
+    try:
+        for p in zeros:
+            p.data.normal_(std=0.02)
+        yield
+    finally:
+        for p in zeros:
+            p.data.zero_()
 
 
 @contextmanager

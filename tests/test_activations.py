@@ -17,7 +17,7 @@ from farspan.errors import JobError
 from farspan.kernels.activation_codecs import CHUNK_ELEMENTS, derivative_bytes, values_bytes
 from farspan.kernels.activation_codecs.codes import Codec, Encoder, Groups4, Groups8, Range4
 from farspan.memory.needed import kept_tensors
-from farspan.memory.operators import Settings, keep_less, stored
+from farspan.memory.operators import Settings, gradient_error, keep_less, stored
 from farspan.memory.operators.gated import GatedUnit
 from farspan.memory.operators.settings import OF_GELU, OF_SILU
 from farspan.memory.single_layers import hooked
@@ -255,6 +255,45 @@ def test_on_ranks_and_in_tiles_rebuilding_is_keeping() -> None:
     ]
     for found in on_ranks(on_rank, 2, cases):
         assert found == [[]] * len(cases)
+
+
+@pytest.mark.parametrize(("kind", "dropout"), [("fp8", 0.1), ("int4", 0.0), ("int4", 0.1)])
+def test_the_error_of_gradients_is_told_as_it_is(kind: Any, dropout: float) -> None:
+    def gradients(made: Model) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def hook(call: Any, x: Tensor) -> Tensor:
+            torch.manual_seed(5)
+            dy, leaf = torch.randn_like(x), x.detach().requires_grad_()
+            with torch.enable_grad():
+                call(leaf).backward(dy)
+            found.update({name: p.grad for name, p in made.layers[1].named_parameters() if p.grad is not None})
+            made.model.zero_grad()
+            return x
+
+        with torch.no_grad(), hooked(made.layers, {1: hook}):
+            made.forward([256], 0)
+        return found
+
+    adapter = LoRA(rank=4, dropout=dropout)
+    coded, plain = (Model(adapter=adapter, activations=name) for name in (kind, "fused"))
+    told: list[Any] = []
+
+    def ask(call: Any, x: Tensor) -> Tensor:
+        generator = torch.get_rng_state()
+        told.append(gradient_error(coded.layers[1], call, x, seed=5))
+        assert torch.equal(torch.get_rng_state(), generator)
+        return x
+
+    with torch.no_grad(), hooked(coded.layers, {1: ask}):
+        coded.forward([256], 0)
+    assert all(p.grad is None for p in coded.model.parameters())
+    off = distance(gradients(coded), gradients(plain))
+    if kind == "fp8" or not dropout:  # else the plain model, which draws no keys to round with, draws other masks
+        assert told[0].weights == pytest.approx(off, rel=1e-4)
+    assert 0.005 < told[0].weights < 0.15
+    assert 0.001 < told[0].input < 0.15
+    assert gradient_error(plain.layers[1], lambda x: x, torch.zeros(1, 8, 64)) is None
 
 
 def test_layers_of_another_make_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from farspan.jobs import cli
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine_beside, model_facts
 from farspan.jobs.origins import origins_in_python
 from farspan.jobs.plan import plan, require_fit, shape_of
-from farspan.jobs.plan_view import kept_line, kept_tensors, placed_shares, to_json
+from farspan.jobs.plan_view import error_line, kept_line, kept_tensors, placed_shares, to_json
 from farspan.jobs.resolve import resolve
 from farspan.memory.config import split_disk
+from farspan.memory.problem import GradientError
 
 LLAMA_8B = RandomModel(family="llama", hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab="125k")
 
@@ -182,6 +184,21 @@ def test_gpus_of_this_machine_are_planned_for(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6")
     assert machine_beside(job).gpus == 0
+
+
+def test_what_codes_do_to_gradients_is_told() -> None:
+    memory = MemoryBudget(hardware="h200", plan="keep", activations="int4")
+    job = SFTJob(name="p", model=LLAMA_8B, data=TextData("stdlib", context="8k"), memory=memory)
+    facts, machine = model_facts(job.model), machine_beside(job)
+    resolved = resolve(job, facts, machine, origins_in_python(job))
+    found = plan(job, resolved.train, facts, hardware_of(job, machine, ranks=1, use_gpu=True))
+    assert "not measured" in (error_line(found) or "") and to_json(found)["gradient_errors"] == {}
+    (kind,) = found.problem.kinds
+    measured = kind.model_copy(update={"gradient_error": GradientError(weights=0.051, input=0.032)})
+    known = replace(found, problem=found.problem.model_copy(update={"kinds": (measured,)}))
+    assert "weights are off by 5.1%, of its input by 3.2%" in (error_line(known) or "")
+    assert to_json(known)["gradient_errors"] == {kind.name: {"weights": 0.051, "input": 0.032}}
+    assert error_line(replace(found, activations="fused")) is None
 
 
 def test_what_autograd_keeps_is_told_by_operator_and_storage() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,17 @@ def test_a_run_that_rebuilds_tests_itself_before_its_first_step(
     assert [event for event, _ in events.told] == ["self-test", "step", "step"]
     assert events.told[0][1].startswith("self-test 1 unit, 10 gradients bit-equal to keep, ")
     assert numbers(read_metrics(tmp_path / "rebuilt/metrics.jsonl")) == numbers(kept)
+
+    coded, events = rebuilding.memory.model_copy(update={"activations": "int4"}), Events()
+    train(rebuilding.model_copy(update={"run_dir": str(tmp_path / "coded"), "memory": coded}), World(), events)
+    assert [event for event, _ in events.told] == ["self-test", "activations", "step", "step"]
+    told = re.fullmatch(
+        r"in int4 a layer's gradients are off by (.+)%, at most (.+)% \(layer [01]\)", events.told[1][1]
+    )
+    assert told is not None and 0.5 < float(told[1]) <= float(told[2]) < 15
+    losses = [record["loss"] for record in read_metrics(tmp_path / "coded/metrics.jsonl")]
+    want = [record["loss"] for record in read_metrics(tmp_path / "kept/metrics.jsonl")]
+    assert losses[0] == want[0] and losses[1] == pytest.approx(want[1], rel=0.02)
 
     monkeypatch.setattr("farspan.memory.executor.Tape._input_of", lambda tape, index: torch.zeros(1, 256, 32))
     events = Events()

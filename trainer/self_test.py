@@ -10,13 +10,17 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from farspan.memory.coupling import fraction_for
+from farspan.memory.operators import gradient_error
+from farspan.memory.problem import GradientError
 from farspan.memory.self_test import RebuildDiffers, SelfTest, self_test
+from farspan.memory.single_layers import hooked
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.batch import Rows
@@ -83,6 +87,42 @@ def check_rebuilding(
     if result is not None:
         _log.info("%s", result)
     return result
+
+
+def activation_errors(
+    module: CausalLMLoss, input_ids: torch.Tensor, grid: RankGrid, ulysses: Ulysses | None, *, zero: int, seed: int
+) -> list[GradientError]:
+    """What codes of saved activations do to each layer's gradients, of this model on real tokens; empty without codes.
+    Collective, before the engine takes the model over.
+
+    Args:
+        input_ids: int64 [1, s], some rows of this rank.
+    """
+    layers, found, gathered = module.layers, list[GradientError](), _gathering(zero)
+    rows = input_ids.shape[1]
+
+    def look(layer: torch.nn.Module, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        with gathered(layer.parameters()):
+            error = gradient_error(layer, call, x.detach(), seed=seed)
+            if error is not None:
+                found.append(error)
+            return call(x)
+
+    decoder, coupling = module.decoder, module.coupling
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    outside = [p for p in decoder.parameters() if id(p) not in inside]
+    positions = torch.arange(grid.sp_index * rows, (grid.sp_index + 1) * rows, device=grid.device)[None]
+    sequence = PackedSequence((rows * grid.mesh.sp,), ulysses)
+    if coupling is not None:
+        coupling.on = False
+    try:
+        hooks = {index: partial(look, layer) for index, layer in enumerate(layers)}
+        with gathered(outside), torch.no_grad(), hooked(layers, hooks):
+            decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **{attention.KEYWORD: sequence})
+    finally:
+        if coupling is not None:
+            coupling.on = True
+    return found
 
 
 def _any(true: bool, grid: RankGrid) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.self_test import check_rebuilding, reversible_range
+from farspan.trainer.self_test import activation_errors, check_rebuilding, reversible_range
 from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
@@ -56,6 +57,10 @@ def train(spec: TrainSpec, world: World, progress: Progress | None = None) -> Tr
         return trainer.run()
     finally:
         trainer.close()
+
+
+ERROR_ROWS = 1024
+"""Of the first pack, on which the effect of codes on gradients is measured."""
 
 
 class Trainer:
@@ -298,6 +303,23 @@ class Trainer:
                     "layers do not give the same bits twice here: they store their inputs, which takes more memory "
                     "than planned (adapter.store=inputs plans it)",
                 )
+
+        if self.spec.memory.activations in ("fp8", "int4"):
+            self._measure_activations(module)
+
+    def _measure_activations(self, module: models.CausalLMLoss) -> None:
+        """What the first rows' gradients lose by codes, said before they are used."""
+        rows = self._rows(self.stream.pack(self.grid.dp_index)).input_ids[:, :ERROR_ROWS]
+        zero, seed = self.spec.zero, self.spec.optim.seed
+        found = activation_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed)
+        if self.grid.rank == 0:
+            errors = [error.weights if error.weights is not None else error.input for error in found]
+            worst = max(range(len(errors)), key=errors.__getitem__)
+            self.progress.event(
+                "activations",
+                f"in {self.spec.memory.activations} a layer's gradients are off by {statistics.median(errors):.1%}, "
+                f"at most {errors[worst]:.1%} (layer {worst})",
+            )
 
     def _start_adapter(self, module: models.CausalLMLoss) -> None:
         """Where LoRA starts, if not at zero: decided once for all attempts of a run."""

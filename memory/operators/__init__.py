@@ -15,7 +15,8 @@ The forward has the bits of the model's own.
 from __future__ import annotations
 
 from farspan.memory.operators.apply import keep_less
+from farspan.memory.operators.error import gradient_error
 from farspan.memory.operators.settings import Activations, Settings
 from farspan.memory.operators.stored import Stored, say_stored, stored
 
-__all__ = ["Activations", "Settings", "Stored", "keep_less", "say_stored", "stored"]
+__all__ = ["Activations", "Settings", "Stored", "gradient_error", "keep_less", "say_stored", "stored"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from farspan.errors import JobError
 from farspan.kernels.activation_codecs import LEAST_GROUP
 from farspan.memory.frame import DRAWS
+from farspan.memory.operators.error import SETTINGS
 from farspan.memory.operators.gated import GatedUnit
 from farspan.memory.operators.linear import keep_stored
 from farspan.memory.operators.norm import RMSNorm
@@ -38,6 +39,7 @@ def keep_less(layers: list[nn.Module], kind: Activations, *, hidden_act: str) ->
         return None
     settings = Settings(kind)
     for layer in layers:
+        setattr(layer, SETTINGS, settings)
         norms = 0
         for name, module in layer.named_modules():
             if type(module).__name__.endswith("RMSNorm"):

@@ -76,12 +76,12 @@ class GatedUnit:
         values = self.settings.of_values(width, dtype)
         if isinstance(values, Plain):
             return ()
-        if self.settings.kind == "fp8":
+        if self.settings.kept_as == "fp8":
             return values, values
         return self.settings.of_derivative(self.activation), values, values
 
     def _store(self, codes: list[Encoder], rows: slice, gate: Tensor, up: Tensor) -> None:
-        if self.settings.kind == "fp8":
+        if self.settings.kept_as == "fp8":
             codes[0].put(rows, gate.float())
         else:
             wide = gate.float()
@@ -116,7 +116,7 @@ def _product(unit: GatedUnit, codecs: tuple[Codec, ...], dtype: torch.dtype, wid
 
 def _multiplied(unit: GatedUnit, values: list[Tensor]) -> Tensor:
     """Of act(gate), or gate, and up."""
-    act = values[0] if unit.settings.kind == "int4" else unit.act(values[0])
+    act = values[0] if unit.settings.kept_as == "int4" else unit.act(values[0])
     return act * values[1]
 
 

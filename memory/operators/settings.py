@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +21,23 @@ OF_GELU = (-0.12905, 1.12905)
 
 @dataclass
 class Settings:
-    """`kind` may change between a forward and the next: a measurement compares two."""
+    """`kind` is what a job asked for, `kept_as` what is done at the moment."""
 
     kind: Activations
+    _as_they_are: bool = False
+
+    @property
+    def kept_as(self) -> Activations:
+        return "fused" if self._as_they_are else self.kind
+
+    @contextmanager
+    def measured_against(self) -> Iterator[None]:
+        """Inside, activations are kept as they are; random numbers are drawn as ever."""
+        self._as_they_are = True
+        try:
+            yield
+        finally:
+            self._as_they_are = False
 
     @property
     def draws(self) -> bool:
@@ -33,9 +49,9 @@ class Settings:
 
     def of_values(self, width: int, dtype: torch.dtype) -> Codec:
         """For numbers of any size."""
-        if self.kind == "fused":
+        if self.kept_as == "fused":
             return Plain(dtype)
-        return Groups8(group_of(width, GROUP_8)) if self.kind == "fp8" else Groups4(group_of(width, GROUP_4))
+        return Groups8(group_of(width, GROUP_8)) if self.kept_as == "fp8" else Groups4(group_of(width, GROUP_4))
 
     def of_derivative(self, activation: str) -> Codec:
         return Range4(*(OF_SILU if activation == "silu" else OF_GELU))
