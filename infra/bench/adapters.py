@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _pretrained import ROWS, batch, pretrained
@@ -51,6 +51,9 @@ SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
 LORA = LoRA(rank=8, alpha=16.0)
 LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+FULL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
+PACA_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+PEQA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 
 PLAIN = Unquantized()
@@ -65,6 +68,7 @@ class Method:
     rates: tuple[float, ...] = LORA_RATES
     how: str = ""
     """`peft`: peft's own forward and fp32 adapters; `checkpoint`: torch's checkpointing of every layer."""
+    activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
 
     @property
     def rebuilt(self) -> bool:
@@ -72,7 +76,7 @@ class Method:
 
 
 METHODS = {
-    "full fine-tuning": Method(FullFineTune(), rates=(2e-4, 4e-4, 8e-4, 1.6e-3)),
+    "full fine-tuning": Method(FullFineTune(), rates=FULL_RATES),
     "LoRA, peft's default": Method(LORA, how="peft"),
     "LoRA": Method(LORA),
     "LoRA, dropout 0.05": Method(LORA.model_copy(update={"dropout": 0.05})),
@@ -81,20 +85,23 @@ METHODS = {
     "reversible 1, 2 bits, width 16, LoRA": Method(Reversible(wiring=1, bits=2, width=16, inside=LORA)),
     "reversible 2, 3 bits, width 16, LoRA": Method(Reversible(wiring=2, bits=3, width=16, inside=LORA)),
     "reversible 3, 3 bits, LoRA": Method(Reversible(wiring=3, bits=3, inside=LORA)),
-    "PaCA": Method(PaCA(rank=16), rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)),
-    "reversible 1, 3 bits, PaCA": Method(
-        Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
-    ),
+    "PaCA": Method(PaCA(rank=16), rates=PACA_RATES),
+    "reversible 1, 3 bits, PaCA": Method(Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=PACA_RATES),
     "LoRA from pissa": Method(LORA.model_copy(update={"init": "pissa"})),
     "LoRA from lora_ga": Method(LORA.model_copy(update={"init": "lora_ga"})),
     "LoRA, 30 % of the rows": Method(LORA.model_copy(update={"keep_rows": 0.3})),
+    "LoRA, activations fused": Method(LORA, activations="fused"),
+    "LoRA, activations in fp8": Method(LORA, activations="fp8"),
+    "LoRA, activations in 4 bits": Method(LORA, activations="int4"),
+    "full, activations in 4 bits": Method(FullFineTune(), rates=FULL_RATES, activations="int4"),
+    "PaCA, activations in 4 bits": Method(PaCA(rank=16), rates=PACA_RATES, activations="int4"),
     "DoRA": Method(LORA.model_copy(update={"dora": True})),
     "LoRA on int8": Method(LORA, Int8()),
     "LoRA on nf4": Method(LORA, NF4()),
-    "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)),
+    "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=PACA_RATES),
     "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
-    "PEQA, 4 bits": Method(PEQA(bits=4), rates=(3e-5, 1e-4, 3e-4, 1e-3)),
-    "PEQA, 3 bits": Method(PEQA(bits=3), rates=(3e-5, 1e-4, 3e-4, 1e-3)),
+    "PEQA, 4 bits": Method(PEQA(bits=4), rates=PEQA_RATES),
+    "PEQA, 3 bits": Method(PEQA(bits=3), rates=PEQA_RATES),
 }
 
 
@@ -122,7 +129,7 @@ class Run:
             self.module, trainable = prepare_model(
                 causal,
                 adapter=method.adapter,
-                memory=Tiles(loss_tile=512),
+                memory=Tiles(loss_tile=512, activations=method.activations),
                 seed=seed,
                 placement=placement if method.rebuilt else None,
             )

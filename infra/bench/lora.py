@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.memory.allocations import footprint
+from farspan.memory.operators import keep_less
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.attention import NAME, PackedSequence
 
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 4}
 """The proportions of an 8B model at a quarter of its width."""
 TOY = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1}
-SYSTEMS = ("peft, its default", "peft, adapters in bf16", "Farspan")
+SYSTEMS = ("peft, its default", "peft, adapters in bf16", "Farspan", "Farspan, activations fused")
 DROPOUTS = (0.0, 0.05)
 RANK = 16
 
@@ -50,8 +51,10 @@ class Layer:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         options = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules="all-linear")
         adapted = get_peft_model(model, options, autocast_adapter_dtype=system == SYSTEMS[0])
-        if system == SYSTEMS[2]:
+        if system.startswith("Farspan"):
             install(adapted)
+        if system == SYSTEMS[3]:
+            keep_less(list(model.model.layers), "fused", hidden_act=config.hidden_act)
         model.train()
         self.layer: nn.Module = model.model.layers[0]
         positions = torch.arange(rows)[None]
