@@ -25,7 +25,9 @@ def gradient_error(
 ) -> GradientError | None:
     """Compare one backward through codes with one without; both draw the same dropout.
 
-    Parameters that are all zeros, as an adapter's second factor at its start, are given small random values meanwhile.
+    The gradient of the output is random, so that what is summed over rows does not add up: a loss's own gradient does,
+    and is off by less. Parameters that are all zeros, as an adapter's second factor at its start, are given small
+    random values meanwhile.
     Costs two forwards and backwards of the layer and its gradients three times.
 
     Args:
