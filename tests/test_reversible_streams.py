@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_process import in_process
 
 from farspan.kernels import reversible_streams as streams
 from farspan.kernels.reversible_streams import LIMIT
@@ -92,19 +88,6 @@ def test_overflow_is_seen(value: float) -> None:
     assert overflow.item() == 0
 
 
-def _in_process(code: str, **environment: str) -> dict[str, object]:
-    """Triton decides at import whether it interprets, so each way runs in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 INTERPRETED = """
 import json, torch
 from farspan.kernels.reversible_streams import reference, triton_kernels
@@ -135,7 +118,7 @@ print(json.dumps({"wrong": wrong, "cases": cases, "flag": int(flag)}))
 
 def test_the_kernels_agree_with_the_reference() -> None:
     """Under Triton's interpreter, ties and cut blocks included."""
-    assert _in_process(INTERPRETED, TRITON_INTERPRET="1") == {"wrong": [], "cases": 24, "flag": 1}
+    assert in_process(INTERPRETED, TRITON_INTERPRET="1") == {"wrong": [], "cases": 24, "flag": 1}
 
 
 COMPILED = """
@@ -161,5 +144,5 @@ print(json.dumps(sizes))
 
 
 def test_the_kernels_compile_for_gpus() -> None:
-    sizes = _in_process(COMPILED)
+    sizes = in_process(COMPILED)
     assert len(sizes) == 8 and all(size for size in sizes.values())

@@ -10,7 +10,8 @@ Three codes, each of rows of floating-point numbers:
   https://arxiv.org/abs/2410.19313).
 
 The 4-bit ones round at random, so that what comes back is right on average. `codes` has them, in torch alone, which is
-what the formats mean; here stand the sizes, which a planner asks for without torch.
+what the formats mean; `triton_kernels` has the 4-bit ones for GPUs, one kernel each way; here stand the sizes, which a
+planner asks for without torch.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ class Codec(ABC):
             noise_RC: fp32, uniform in [0, 1); None: to the nearest.
         """
 
+    def encode_on_gpu(self, x_RC: Tensor, key: int | None) -> tuple[Tensor, ...]:
+        """The same of rows on a GPU, whose noise is made where it is used."""
+        del key
+        return self.encode(x_RC.float(), None)
+
     @abstractmethod
     def decode(self, *parts: Tensor) -> Tensor:
         """fp32 [R, C]."""
@@ -87,8 +92,17 @@ class Groups4(Codec):
         codes = _rounded(at.view(rows, width), noise_RC)
         return _packed(codes), torch.cat([low, step], dim=-1).view(rows, -1).to(torch.bfloat16)
 
+    def encode_on_gpu(self, x_RC: Tensor, key: int | None) -> tuple[Tensor, ...]:
+        from farspan.kernels.activation_codecs import triton_kernels
+
+        return triton_kernels.encode_groups(x_RC, self.group, key)
+
     def decode(self, *parts: Tensor) -> Tensor:
         codes, scales = parts
+        if codes.device.type == "cuda":
+            from farspan.kernels.activation_codecs import triton_kernels
+
+            return triton_kernels.decode_groups(codes, scales, self.group)
         values = _unpacked(codes)
         low, step = scales.float().view(codes.shape[0], -1, 2, 1).unbind(2)
         return values.view(codes.shape[0], -1, self.group).mul_(step).add_(low).view(values.shape)
@@ -112,7 +126,16 @@ class Range4(Codec):
     def encode(self, x_RC: Tensor, noise_RC: Tensor | None) -> tuple[Tensor, ...]:
         return (_packed(_rounded((x_RC - self.low) / self.step, noise_RC)),)
 
+    def encode_on_gpu(self, x_RC: Tensor, key: int | None) -> tuple[Tensor, ...]:
+        from farspan.kernels.activation_codecs import triton_kernels
+
+        return (triton_kernels.encode_range(x_RC, self.low, self.step, key),)
+
     def decode(self, *parts: Tensor) -> Tensor:
+        if parts[0].device.type == "cuda":
+            from farspan.kernels.activation_codecs import triton_kernels
+
+            return triton_kernels.decode_range(parts[0], self.low, self.step)
         return _unpacked(parts[0]).mul_(self.step).add_(self.low)
 
 
@@ -159,15 +182,24 @@ class Encoder:
         self.codec = codec
         (rows, width), device = like_RC.shape, like_RC.device
         self.parts = tuple(torch.empty(rows, n, dtype=dtype, device=device) for n, dtype in codec.parts(width))
-        self._draw = torch.Generator(device).manual_seed(key) if codec.draws and key is not None else None
+        self._key = key if codec.draws else None
+        self._draw: torch.Generator | None = None
+        if device.type != "cuda" and self._key is not None:
+            self._draw = torch.Generator(device).manual_seed(self._key)
 
     def put(self, rows: slice, x_RC: Tensor) -> None:
         """Encode these rows; in order, each once."""
-        noise = None
-        if self._draw is not None:
-            noise = torch.rand(x_RC.shape, generator=self._draw, device=x_RC.device)
-        for part, made in zip(self.parts, self.codec.encode(x_RC, noise)):
+        if x_RC.device.type == "cuda":
+            found = self.codec.encode_on_gpu(x_RC, self._key_of(rows))
+        else:
+            noise = torch.rand(x_RC.shape, generator=self._draw) if self._draw is not None else None
+            found = self.codec.encode(x_RC, noise)
+        for part, made in zip(self.parts, found):
             part[rows] = made
+
+    def _key_of(self, rows: slice) -> int | None:
+        """Far apart for rows and for neighbouring keys."""
+        return None if self._key is None else (self._key + 0x9E3779B97F4A7C15 * (rows.start + 1)) >> 16
 
 
 def _inverse(step: Tensor) -> Tensor:
