@@ -19,6 +19,7 @@ from farspan.trainer.config import (
     FullFineTune,
     ModelSource,
     Optim,
+    Optimizer,
     Parallel,
     Precision,
     Track,
@@ -40,10 +41,10 @@ class SFTJob(Schema):
     base: Base = Unquantized()
     """How the pretrained weights are stored while an adapter trains."""
     precision: Precision = "bf16"
-    """Dtype of weights and activations; masters and moments are always fp32."""
+    """Dtype of weights and activations; masters are always fp32, moments as the optimizer has them."""
     parallel: Parallel = Parallel()
     memory: MemoryBudget = MemoryBudget()
-    optim: Optim = Optim()
+    optim: Optimizer = Optim()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     track: Track = Track()

@@ -13,6 +13,7 @@ from typing import Literal
 from farspan.errors import DoesNotFit, NoProfile
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import ModelFacts
+from farspan.jobs.optimizers import optimizer_shape
 from farspan.memory.build import problem_for
 from farspan.memory.calibration import Calibration, calibrated_problem, sources_of
 from farspan.memory.config import Tiers, split_disk
@@ -260,6 +261,7 @@ def training_of(train: TrainSpec) -> Training:
         mlp_tile=None if tile == "off" or rows <= tile else tile,  # rows of one tile run untiled
         micro_batches=train.accumulation,
         activations=train.memory.activations,
+        optimizer=optimizer_shape(train.optim),
     )
 
 

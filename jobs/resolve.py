@@ -17,6 +17,7 @@ from farspan.cluster.placement import Demand
 from farspan.errors import JobError
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
+from farspan.jobs.optimizers import check_optimizer, check_zero_0, only_zero_0
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
@@ -165,6 +166,7 @@ class _Resolution:
         self.tokens = self._tokens_per_step()
         self.accumulation = self.tokens // (job.data.context * self.dp)
         self.warmup_steps = self._warmup_steps()
+        check_optimizer(job, facts.hidden, self.accumulation, self._at)
         self.zero = self._zero()
         self.adapter = self._adapter()
         self.base = self._base()
@@ -326,6 +328,12 @@ class _Resolution:
 
     def _zero(self) -> int:
         asked, offload, world_size = self.job.parallel.zero, self.job.parallel.cpu_offload, self.dp * self.sp
+        whole = only_zero_0(self.job.optim)
+        if whole is not None:
+            check_zero_0(self.job, whole, self._at)
+            if asked == "auto":
+                self._decide("parallel.zero", 0, whole)
+            return 0
         if asked != "auto":
             if asked == 0 and offload:
                 raise JobError(

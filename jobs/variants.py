@@ -1,7 +1,7 @@
 """Walking the schema: which class a path leads into, and which variant of a union a section means.
 
-Three fields of a job have variants (`model`, `data`, `adapter`), told apart by `type`. In a file and in `--set` the
-`type` may be left out, by three rules that need no list of special cases:
+Five fields of a job have variants (`model`, `data`, `adapter`, `base`, `optim`), told apart by `type`. In a file and
+in `--set` the `type` may be left out, by three rules that need no list of special cases:
 
 1. text that is a `type` stands for that variant: `adapter: lora`;
 2. any other text (or list) stands for the leading field of the first variant: `model: Qwen/Qwen3-8B`, `data: stdlib`;

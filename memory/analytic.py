@@ -27,7 +27,7 @@ from farspan.memory.profile import (
     Source,
 )
 from farspan.memory.shape import LayerForm, ModelShape, Training
-from farspan.memory.states import gradient_width, optimizer_s, step_peak_bytes
+from farspan.memory.states import gradient_width, optimizer_s, step_peak_bytes, weights_of
 
 WorkingSet = Literal["today", "tiled"]
 COUNTED: dict[WorkingSet, str] = {
@@ -267,6 +267,7 @@ def _head(shape: ModelShape, training: Training, hardware: Hardware, working_set
     flop = 2 * matrix * (3 if trains else 2)
     seconds = flop / hardware.matmul_flop_per_s[training.precision] + run.traffic / hardware.memory_bytes_per_s
     embedding, head = training.trained_outside(shape)
+    weights = weights_of(shape, training)
     # where gradients are handed on, the embedding's exists for a moment, after everything else has gone
     embedding_width = stays or (e if training.micro_batches == 1 else 0)
     return HeadProfile(
@@ -276,8 +277,8 @@ def _head(shape: ModelShape, training: Training, hardware: Hardware, working_set
         peak=peak(run.moments, Size(), training.loss_tile),
         gradient_bytes=stays * head,
         embedding_gradient_bytes=embedding_width * embedding,
-        step_peak_bytes=step_peak_bytes(training, training.trained(shape)),
-        step_s=optimizer_s(training, hardware, training.trained(shape)),
+        step_peak_bytes=step_peak_bytes(training, hardware, weights),
+        step_s=optimizer_s(training, hardware, weights),
     )
 
 

@@ -21,7 +21,7 @@ from farspan.memory.hardware import Hardware
 from farspan.memory.problem import Budgets, Links, PlanProblem
 from farspan.memory.profile import Amount, HeadProfile, KindProfile, Profile, Source
 from farspan.memory.reversible import reversible
-from farspan.memory.shape import ModelShape, Training, Weights
+from farspan.memory.shape import ModelShape, OptimizerShape, Training, Weights
 from farspan.memory.states import gradient_width, model_states, optimizer_s, step_peak_bytes
 from farspan.schema import Schema
 
@@ -56,7 +56,8 @@ def calibration_key(shape: ModelShape, training: Training, device: str, model: s
     Args:
         model: which model it is, beyond its shape: families of the same shape have other biases, norms, experts.
     """
-    neutral = {"dp": 1, "zero": 0, "cpu_offload": False, "micro_batches": 1, "coupling": None}
+    neutral: dict[str, Any] = {"dp": 1, "zero": 0, "cpu_offload": False, "micro_batches": 1, "coupling": None}
+    neutral["optimizer"] = OptimizerShape()
     return {
         "code": CODE_VERSION,
         "device": device,
@@ -109,8 +110,8 @@ def calibrated_problem(
     weights = _weights(profile, names)
     head = profile.head.model_copy(
         update={
-            "step_peak_bytes": step_peak_bytes(training, weights.trained),
-            "step_s": optimizer_s(training, hardware, weights.trained),
+            "step_peak_bytes": step_peak_bytes(training, hardware, weights),
+            "step_s": optimizer_s(training, hardware, weights),
         }
     )
 

@@ -132,7 +132,7 @@ def _head_allocations(subject: Subject, sample: HeadSample, rows: int, tile: int
     sizes = {id(p): p.grad.nbytes for p in subject.model.parameters() if p.grad is not None}
     sizes |= {id(p): p.nbytes for p in _outside(subject)}
     inside = {id(p) for layer in subject.layers for p in layer.parameters()}
-    sample.weights = weights_in(p for p in subject.model.parameters() if id(p) not in inside)
+    sample.weights = weights_in((p for p in subject.model.parameters() if id(p) not in inside), inside=False)
     sample.embedding_gradient_bytes = sizes.pop(id(subject.embedding.weight), 0)
     sample.gradient_bytes = sum(sizes.values())
     for p in subject.model.parameters():

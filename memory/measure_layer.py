@@ -122,7 +122,7 @@ class LayerAllocations(_Layer):
         self.sample, self.rows, self.tile = sample, rows, tile
         sample.x_bytes_per_row = x.nbytes / rows
         sample.gradient_bytes = sum(p.nbytes for p in self.trained)
-        sample.weights = weights_in(self.layer.parameters())
+        sample.weights = weights_in(self.layer.parameters(), inside=True)
         self.clear()
         self.backward_as_kept(call(self.leaf()))
         sample.saved = kept_tensors(self.layer, call, x)

@@ -7,7 +7,7 @@ what is taken from the stream. Both streams, int32, are there from the first lay
 from __future__ import annotations
 
 from farspan.memory.profile import Amount, HeadProfile, KindProfile, OnHostProfile, Peak, Profile
-from farspan.memory.shape import ModelShape, Training, Weights
+from farspan.memory.shape import ModelShape, TrainedTensor, Training, Weights
 from farspan.memory.states import gradient_width
 
 INT32 = 4
@@ -67,7 +67,8 @@ def reversible(profile: Profile, shape: ModelShape, training: Training, memory_b
 
 def _bottleneck(hidden: int, width_bytes: int, width: int) -> Weights:
     count = 2 * hidden * width
-    return Weights(bytes=width_bytes * count, parameters=count, trained=count, largest=hidden * width)
+    tensors = (TrainedTensor(shape=(width, hidden)), TrainedTensor(shape=(hidden, width))) if width else ()
+    return Weights(bytes=width_bytes * count, parameters=count, trained=count, largest=hidden * width, tensors=tensors)
 
 
 def _on_host(one: OnHostProfile, more: int) -> OnHostProfile:

@@ -23,7 +23,7 @@ from farspan.memory.profile import (
     PairTime,
     attended_pairs,
 )
-from farspan.memory.shape import Weights
+from farspan.memory.shape import TrainedTensor, Weights
 
 TIMED_ROWS = {"cpu": (1024, 2048), "cuda": (8192, 32768)}
 """Lengths at which seconds are taken: on a GPU such as fill it."""
@@ -98,15 +98,17 @@ def hand_on(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def weights_in(parameters: Iterable[nn.Parameter]) -> Weights:
-    """Count parameters, each once."""
+def weights_in(parameters: Iterable[nn.Parameter], *, inside: bool) -> Weights:
+    """Count parameters, each once. `inside`: they are those of a decoder layer."""
     distinct = list({id(p): p for p in parameters}.values())
     trained = [p.numel() for p in distinct if p.requires_grad]
+    tensors = [TrainedTensor(shape=tuple(p.shape), inside=inside) for p in distinct if p.requires_grad]
     return Weights(
         bytes=sum(p.nbytes for p in distinct),
         parameters=sum(p.numel() for p in distinct),
         trained=sum(trained),
         largest=max(trained, default=0),
+        tensors=tuple(tensors),
     )
 
 

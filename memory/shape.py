@@ -78,10 +78,15 @@ class ModelShape(Schema):
         return {**first, "o_proj": (q, d), **gate_up, "down_proj": (f, d)}
 
     @property
+    def norm_widths(self) -> tuple[int, ...]:
+        """Of one layer's norms."""
+        of_qk = {"none": (), "head": (self.head_dim,) * 2, "whole": (self.q_width, self.kv_width)}[self.qk_norm]
+        return (self.hidden, self.hidden, *of_qk)
+
+    @property
     def norm_parameters(self) -> int:
         """Weights of one layer's norms."""
-        of_qk = {"none": 0, "head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}[self.qk_norm]
-        return 2 * self.hidden + of_qk
+        return sum(self.norm_widths)
 
     @property
     def layer_parameters(self) -> int:
@@ -149,6 +154,46 @@ class CouplingShape(Schema):
     store: Literal["bits", "inputs"] = "bits"
 
 
+class TrainedTensor(Schema):
+    """A trained parameter, as an optimizer sees it."""
+
+    shape: tuple[int, ...]
+    inside: bool = True
+    """Not the embedding or the output projection, whose rows are tokens."""
+    count: int = Field(default=1, ge=1)
+    """How many like it there are."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """One that an optimizer of matrices takes."""
+        return len(self.shape) == 2 and self.inside
+
+
+class OptimizerShape(Schema):
+    """What of an optimizer its bytes and seconds depend on."""
+
+    type: Literal["adamw", "adamw8bit", "coat", "dct_adamw", "galore", "lamb", "muon"] = "adamw"
+    rank: int = Field(default=0, ge=0)
+    """Of the subspace of `dct_adamw` and `galore`."""
+    every: int = Field(default=1, ge=1)
+    """Steps between two choices of it."""
+    feedback_bits: Literal[0, 4, 8] = 0
+    """Of an element that the subspace left out."""
+    iterations: int = Field(default=0, ge=0)
+    """Of Newton and Schulz (`muon`)."""
+    in_backward: bool = False
+    """A weight is updated when backward has its gradient."""
+
+    @property
+    def owned(self) -> bool:
+        """A parameter's state is on one rank."""
+        return self.type != "adamw"
+
+    def low_rank(self, tensor: TrainedTensor) -> bool:
+        """Whether this tensor's moments are as wide as the subspace."""
+        return self.type in ("dct_adamw", "galore") and tensor.is_matrix and min(tensor.shape) > self.rank
+
+
 class Training(Schema):
     """How the model is trained."""
 
@@ -169,6 +214,7 @@ class Training(Schema):
     micro_batches: int = Field(default=1, ge=1)
     activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
     """What norms, gated units and trained linear layers keep (`memory.operators`)."""
+    optimizer: OptimizerShape = OptimizerShape()
 
     @property
     def world_size(self) -> int:
@@ -217,6 +263,37 @@ class Training(Schema):
         beside += sum(o for _, o in adapted) * self.adapter.dora
         return self.adapter.rank * (inputs + sum(o for _, o in adapted)) + beside
 
+    def tensors(self, shape: ModelShape) -> tuple[TrainedTensor, ...]:
+        """Every trained parameter."""
+        d, layers = shape.hidden, shape.layers
+        found: list[TrainedTensor] = []
+
+        def add(*sizes: int, count: int = layers, inside: bool = True) -> None:
+            found.append(TrainedTensor(shape=sizes, count=count, inside=inside))
+
+        for name, (inputs, outputs) in shape.linears().items():
+            if self.adapter is None:
+                add(outputs, inputs)
+            elif self.adapts(name) and self.adapter.kind == "scales":
+                add(outputs, 1 if self.adapter.group is None else inputs // self.adapter.group)
+            elif self.adapts(name):
+                if self.adapter.kind == "lora":
+                    add(self.adapter.rank, inputs)
+                add(outputs, self.adapter.rank)
+                if self.adapter.dora:
+                    add(outputs)
+        if self.adapter is None:
+            for width in shape.norm_widths:
+                add(width)
+            add(d, count=1)
+        if self.coupling is not None and self.coupling.width:
+            add(self.coupling.width, d)
+            add(d, self.coupling.width)
+        embedding, head = self.trained_outside(shape)
+        for _ in range((embedding > 0) + (head > d)):
+            add(shape.vocab, d, count=1, inside=False)
+        return tuple(found)
+
     def trained_outside(self, shape: ModelShape) -> tuple[int, int]:
         """Trained weights of the embedding, and of final norm and output projection; a tied matrix counts once."""
         matrix = shape.vocab * shape.hidden
@@ -238,6 +315,8 @@ class Weights(Schema):
     trained: int = Field(ge=0)
     largest: int = Field(ge=0)
     """Elements of the largest trained tensor."""
+    tensors: tuple[TrainedTensor, ...] = ()
+    """The trained ones."""
 
     def __add__(self, other: Weights) -> Weights:
         return Weights(
@@ -245,4 +324,5 @@ class Weights(Schema):
             parameters=self.parameters + other.parameters,
             trained=self.trained + other.trained,
             largest=max(self.largest, other.largest),
+            tensors=self.tensors + other.tensors,
         )

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from farspan.trainer.config import Optim
+from farspan.trainer.config import Optim, Optimizer
 from farspan.trainer.engine import Engine
 
 VOCAB, HIDDEN, ROWS = 29, 9, 24
@@ -36,14 +36,14 @@ class Toy(nn.Module):
     `recompute`: the middle runs under reentrant checkpointing, so its gradients come from a backward inside backward.
     """
 
-    def __init__(self, *, recompute: bool = False) -> None:
+    def __init__(self, *, recompute: bool = False, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.recompute = recompute
         generator = torch.Generator().manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.mix = nn.Linear(HIDDEN, HIDDEN)
-        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+        self.embed = nn.Embedding(VOCAB, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.mix = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, VOCAB, bias=False)
         self.head.weight = self.embed.weight
         self.idle = nn.Parameter(torch.empty(5, 3))
         with torch.no_grad():
@@ -86,11 +86,14 @@ def build(
     only: str | None = None,
     recompute: bool = False,
     sharded: bool = False,
+    optim: Optimizer = OPTIM,
+    hidden: int = HIDDEN,
 ) -> Engine:
     from farspan.trainer.engine_deepspeed import DeepSpeedEngine, import_deepspeed
+    from farspan.trainer.engine_in_backward import InBackwardEngine
     from farspan.trainer.engine_plain import PlainEngine
 
-    module = Toy(recompute=recompute).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    module = Toy(recompute=recompute, hidden=hidden).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if sharded:  # as a model built under `zero.Init` arrives
         config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
         import_deepspeed(torch.device("cpu")).zero.Init(
@@ -98,7 +101,7 @@ def build(
         )
     trainable = trainable_of(module, only)
     if stage == 0:
-        return PlainEngine(module, trainable, OPTIM, "cpu")
+        return (InBackwardEngine if optim.in_backward else PlainEngine)(module, trainable, optim, "cpu")
     return DeepSpeedEngine(
         module,
         trainable,
@@ -141,10 +144,16 @@ def train(
     clip_norm: float | None = 0.5,
     recompute: bool = False,
     sharded: bool = False,
+    optim: Optimizer = OPTIM,
+    hidden: int = HIDDEN,
 ) -> dict[str, Any]:
     """Train from scratch or from whole state `load = (step, {(name, kind): tensor})`; report what tests compare."""
-    engine = build(stage, precision, offload=offload, only=only, recompute=recompute, sharded=sharded)
-    assert all(float(f.tensor.abs().sum()) == 0 for f in engine.fragments() if f.kind != "master")
+    engine = build(
+        stage, precision, offload=offload, only=only, recompute=recompute, sharded=sharded, optim=optim, hidden=hidden
+    )
+    assert optim.type != "adamw" or all(
+        float(f.tensor.abs().sum()) == 0 for f in engine.fragments() if f.kind != "master"
+    )
     first = 1
     if load is not None:
         step, whole = load
@@ -156,11 +165,12 @@ def train(
     start_loss = held_out(engine)
     gradients, norms = {}, []
     for step in range(first, first + steps):
+        engine.begin(lr=optim.lr / step)
         accumulate(engine, step, accumulation, poison=step == poison_step)
-        if step == first and poison_step is None:
+        if step == first and poison_step is None and not optim.in_backward:
             gradients = engine.full_gradients()
         before = pieces(engine)
-        norms.append(engine.step(lr=OPTIM.lr / step, clip_norm=clip_norm))
+        norms.append(engine.step(lr=optim.lr / step, clip_norm=clip_norm))
         if step == poison_step:
             assert all(torch.equal(x[-1], y[-1]) for x, y in zip(before, pieces(engine)))
     result = {

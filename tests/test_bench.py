@@ -72,8 +72,10 @@ def test_every_method_in_one_table(tmp_path: Path) -> None:
     out = toy("adapters", tmp_path)
     cells = json.loads(out.read_text())
     losses = {key: cell["held_out"] for key, cell in cells.items() if "/0" in key}
-    assert len(losses) == len(cells["times"]) >= 17
+    assert len(losses) == len(cells["times"]) >= 25
     assert max(losses.values()) - min(losses.values()) < 0.5, losses
     assert cells["bytes/LoRA"]["kept_per_row"] < cells["bytes/LoRA, peft's default"]["kept_per_row"]
+    states = [cells[f"bytes/{name}"]["states"] for name in ("full, coat", "full, muon", "full fine-tuning")]
+    assert states == sorted(states)
     assert cells["bytes/LoRA on nf4"]["weights"] < cells["bytes/LoRA"]["weights"]
     assert "| reversible 3, 3 bits, LoRA |" in out.with_suffix(".md").read_text()

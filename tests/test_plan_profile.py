@@ -561,7 +561,7 @@ def test_states_equal_what_the_plain_engine_allocates(precision: str) -> None:
     trainable = dict(model.named_parameters())
     engine = PlainEngine(model, trainable, Optim(), "cpu")
     tensors = [*trainable.values(), engine._flat, *engine._masters.values()]
-    tensors += [t for state in engine._adamw.state.values() for name, t in state.items() if name != "step"]
+    tensors += [t for name in trainable for t in engine._rule.state(name).values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     predicted = model_states(Training(precision=precision), CPU, weights_of(shape, Training(precision=precision)))  # type: ignore[arg-type]
     assert sum(state.bytes for state in predicted) == sum(storages.values())

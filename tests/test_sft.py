@@ -16,7 +16,7 @@ from sp_ranks import on_ranks, train_rank
 from farspan import Checkpoint, Evaluate, LoRA, MemoryBudget, Optim, RandomModel, TextData, Track
 from farspan.memory.plan import checkpoint_every_layer
 from farspan.memory.self_test import RebuildDiffers
-from farspan.trainer.config import FullFineTune, Mesh, TrainSpec
+from farspan.trainer.config import COAT, AdamW8bit, DCTAdamW, FullFineTune, Mesh, Muon, TrainSpec
 from farspan.trainer.data.packing import PackedStream
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.store import TokenStore
@@ -105,6 +105,45 @@ def test_resuming_is_bit_exact_across_an_epoch_edge(
     again = run(whole.model_copy(update={"run_dir": str(tmp_path / "half")}))
     assert numbers(again) == numbers(records)
     assert records[-1]["loss"] < records[0]["loss"]
+
+
+OTHERS: dict[str, Any] = {
+    "coat": {"optim": COAT(lr=1e-2, steps=12), "precision": "bf16"},
+    "cosines, 4 bits left out": {"optim": DCTAdamW(lr=1e-2, steps=12, rank=8, every=4, feedback="4bit")},
+    "muon in backward, tiled": {
+        "optim": Muon(lr=1e-2, steps=12, in_backward=True, clip_norm=None),
+        "memory": MemoryBudget(loss_tile=64, mlp_tile=64),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resuming_another_optimizer_is_bit_exact(tokens: Path, tmp_path: Path, name: str) -> None:
+    """Each rank writes and reads what it owns; on another number of ranks the same training goes on."""
+    whole = spec(tokens, tmp_path / "whole", mesh=Mesh(dp=1, sp=2), **OTHERS[name])
+    records = run(whole)
+    assert records[-1]["loss"] < records[0]["loss"]
+    resumed_from(tmp_path / "whole", tmp_path / "half", 6)
+    again = run(whole.model_copy(update={"run_dir": str(tmp_path / "half")}))
+    assert numbers(again) == numbers(records)
+    resumed_from(tmp_path / "whole", tmp_path / "alone", 6)
+    alone = run(whole.model_copy(update={"run_dir": str(tmp_path / "alone"), "mesh": Mesh(dp=1, sp=1)}))
+    close = 2e-5 if whole.precision == "fp32" else 1e-2
+    assert [r["loss"] for r in alone[6:]] == pytest.approx([r["loss"] for r in records[6:]], rel=close)
+
+
+def test_an_optimizer_in_backward_trains_the_same(tokens: Path, tmp_path: Path) -> None:
+    """Bit for bit, with tiles of the MLP, whose gradients come in parts, and layers that are rebuilt."""
+    placement = checkpoint_every_layer(MODEL.layers, rows=256, attention_rows=256)
+    for precision in ("fp32", "bf16"):
+        found = []
+        for in_backward in (False, True):
+            optim = AdamW8bit(lr=1e-2, steps=3, clip_norm=None, in_backward=in_backward)
+            how = {"optim": optim, "placement": placement, "memory": MemoryBudget(loss_tile=64, mlp_tile=100)}
+            folder = tmp_path / f"{precision} {in_backward}"
+            found.append(numbers(run(spec(tokens, folder, precision=precision, **how))))
+        plain, inside = ([(row[1], row[-1]) for row in rows] for rows in found)
+        assert plain == inside
 
 
 def test_resuming_on_another_mesh_and_zero_stage(tokens: Path, tmp_path: Path) -> None:

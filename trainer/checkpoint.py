@@ -33,7 +33,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from farspan.errors import CheckpointError
 from farspan.trainer import checkpoint_format as layout
-from farspan.trainer.checkpoint_format import DamagedCheckpoint, FileEntry, Manifest, ParameterEntry, latest
+from farspan.trainer.checkpoint_format import (
+    DamagedCheckpoint,
+    FileEntry,
+    Manifest,
+    ParameterEntry,
+    StateEntry,
+    latest,
+)
 from farspan.trainer.checkpoint_ranks import Ranks, checkpoint_group
 from farspan.trainer.checkpoint_state import Piece, StateReader, StateWriter, piece_of, predicted_bytes, require_cover
 from farspan.trainer.config import Adapter, RandomModel, Reversible, TrainSpec
@@ -43,6 +50,9 @@ from farspan.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_ALIGN_BYTES = 16
+"""Every tensor of a snapshot starts at a multiple of this, whatever its dtype."""
 
 __all__ = ["Checkpointer", "DamagedCheckpoint", "Restored", "Saved", "checkpoint_group", "latest"]
 
@@ -269,17 +279,16 @@ class Checkpointer:
         """Copy this rank's state into the host buffer; the state may change as soon as this returns."""
         live = {piece_of(f): f.tensor.detach() for f in fragments if f.tensor.numel() > 0}
         on_gpu = any(tensor.is_cuda for tensor in live.values())
-        numel = sum(piece.numel for piece in live)
-        if self._buffer is None or self._buffer.numel() != numel:
+        places = {piece: -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES for piece, tensor in live.items()}
+        if self._buffer is None or self._buffer.numel() != sum(places.values()):
             self._buffer = None  # freed before the next one is allocated
-            self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=on_gpu)
+            self._buffer = torch.empty(sum(places.values()), dtype=torch.uint8, pin_memory=on_gpu)
         copies: dict[Piece, Tensor] = {}
         start = 0
         for piece, tensor in live.items():
-            assert tensor.dtype == torch.float32, f"{piece.key} is {tensor.dtype}"
-            copies[piece] = self._buffer[start : start + piece.numel]
+            copies[piece] = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
             copies[piece].copy_(tensor, non_blocking=on_gpu)
-            start += piece.numel
+            start += places[piece]
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         return copies
@@ -359,8 +368,13 @@ class Checkpointer:
         )
 
     def _manifest(self, job: _Save, files: list[FileEntry]) -> Manifest:
-        shapes = {piece.name: piece.shape for piece in job.pieces}
-        kinds = {piece.kind for piece in job.pieces}
+        shapes = {piece.name: piece.shape for piece in job.pieces if piece.kind == "master"}
+        states = {(piece.kind, piece.name): (piece.shape, piece.dtype) for piece in job.pieces}
+        kinds = [
+            kind
+            for kind in STATE_KINDS
+            if all(states.get((kind, name)) == (shape, torch.float32) for name, shape in shapes.items())
+        ]
         return Manifest(
             step=job.step,
             progress=job.progress,
@@ -370,10 +384,15 @@ class Checkpointer:
                 "zero": self._spec.zero,
                 "torch": torch.__version__,
             },
-            kinds=tuple(kind for kind in STATE_KINDS if kind in kinds),
+            kinds=tuple(kinds),
             parameters=tuple(ParameterEntry(name, shape, "float32") for name, shape in sorted(shapes.items())),
             files=tuple(sorted(files, key=lambda entry: entry.path)),
             job=self._spec.model_dump(mode="json"),
+            others=tuple(
+                StateEntry(name, kind, shape, str(dtype).removeprefix("torch."))
+                for (kind, name), (shape, dtype) in sorted(states.items(), key=lambda item: item[0])
+                if kind not in kinds
+            ),
         )
 
     def _export_request(self, folder: Path, progress: dict[str, Any]) -> ExportRequest:
@@ -401,6 +420,7 @@ def with_range(adapter: Adapter, progress: dict[str, Any]) -> Adapter:
 
 def _require_same_parameters(path: Path, manifest: Manifest, held: dict[tuple[str, str], tuple[int, ...]]) -> None:
     saved = {(kind, entry.name): entry.shape for entry in manifest.parameters for kind in manifest.kinds}
+    saved |= {(entry.kind, entry.name): entry.shape for entry in manifest.others}
     differences = [
         f"{kind}/{name} is {_shape(held, kind, name)} here, {_shape(saved, kind, name)} in the checkpoint"
         for kind, name in sorted(saved.keys() | held.keys(), key=lambda key: (key[1], key[0]))

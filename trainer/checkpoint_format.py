@@ -1,7 +1,7 @@
 """The checkpoint folder: its manifest, its checksums, and the rules that make a half-written one invisible.
 
     checkpoints/.step_<n>.tmp-<token>/   while it is written or deleted; never looked at, removed at the next start
-    checkpoints/step_<n>/state/          fp32 masters and moments, written by torch.distributed.checkpoint
+    checkpoints/step_<n>/state/          fp32 masters and the optimizer's state, written by torch.distributed.checkpoint
     checkpoints/step_<n>/export/         HF or PEFT folder, when the job asks for it
     checkpoints/step_<n>/manifest.json   step, progress, parameter table, every file with size and CRC-32, the job
 
@@ -58,6 +58,17 @@ class ParameterEntry:
 
 
 @dataclass(frozen=True)
+class StateEntry:
+    """One state tensor that is unlike its parameter."""
+
+    name: str
+    """Of the parameter."""
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that can be known of a checkpoint without reading tensors."""
 
@@ -67,10 +78,13 @@ class Manifest:
     written_with: dict[str, Any]
     """World size, mesh, ZeRO stage and versions; a reader may differ in all of them."""
     kinds: tuple[str, ...]
+    """State that every parameter has, in fp32 and its own shape."""
     parameters: tuple[ParameterEntry, ...]
     files: tuple[FileEntry, ...]
     job: dict[str, Any]
     """The `TrainSpec`, for `farspan.trainer.resume_rules`."""
+    others: tuple[StateEntry, ...] = ()
+    """All other state."""
     format: int = FORMAT
 
 
@@ -89,6 +103,9 @@ def read_manifest(folder: Path) -> Manifest:
             raw["kinds"] = tuple(raw["kinds"])
             raw["parameters"] = tuple(
                 ParameterEntry(p["name"], tuple(p["shape"]), p["dtype"]) for p in raw["parameters"]
+            )
+            raw["others"] = tuple(
+                StateEntry(o["name"], o["kind"], tuple(o["shape"]), o["dtype"]) for o in raw.get("others", ())
             )
             raw["files"] = tuple(FileEntry(**entry) for entry in raw["files"])
             return Manifest(**raw)

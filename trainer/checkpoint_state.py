@@ -1,6 +1,7 @@
 """Optimizer state as torch.distributed.checkpoint (DCP) tensors that know nothing of meshes or ZeRO stages.
 
-Every state tensor is one logical 1-D fp32 tensor called `<kind>/<parameter>`, as long as the flattened parameter. Each
+Every state tensor is one logical 1-D tensor called `<kind>/<parameter>`, in its own dtype: masters and AdamW's
+moments fp32 and as long as the flattened parameter, codes and scales of other optimizers as they are in memory. Each
 rank writes the pieces it owns as chunks addressed by their offset; a reader asks for whatever pieces it owns and gets
 them from the chunks that overlap, so the writer's split never binds the reader's. Chunks are at most `CHUNK_NUMEL`
 long: a reader loads a chunk whole, so this bounds its extra memory to 64 MiB.
@@ -63,6 +64,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     numel: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def key(self) -> str:
@@ -70,7 +72,8 @@ class Piece(NamedTuple):
 
 
 def piece_of(fragment: Fragment) -> Piece:
-    return Piece(fragment.name, fragment.kind, tuple(fragment.shape), fragment.offset, fragment.tensor.numel())
+    tensor = fragment.tensor
+    return Piece(fragment.name, fragment.kind, tuple(fragment.shape), fragment.offset, tensor.numel(), tensor.dtype)
 
 
 def require_cover(pieces: Iterable[Piece]) -> None:
@@ -223,7 +226,7 @@ class StateWriter:
         return self._file_system.error
 
     def write(self, tensors: Mapping[Piece, Tensor]) -> list[FileEntry]:
-        """Collective over the group. `tensors`: fp32 [numel] on the CPU. Returns the files this rank wrote."""
+        """Collective over the group. `tensors`: [numel] on the CPU. Returns the files this rank wrote."""
         from torch.distributed import checkpoint as dcp
 
         # DCP copies a chunk that is a view before it writes it: 64 MiB at most at one time, since it copies none ahead
@@ -316,6 +319,6 @@ class StateReader:
 
 
 def predicted_bytes(pieces: Sequence[Piece]) -> int:
-    """Bytes the pieces take on disk: 4 per element, and 4 KiB for each chunk's zip container and metadata."""
+    """Bytes the pieces take on disk: their elements, and 4 KiB for each chunk's zip container and metadata."""
     chunks = sum(-(-piece.numel // CHUNK_NUMEL) for piece in pieces)
-    return 4 * sum(piece.numel for piece in pieces) + 4096 * chunks + 2**20
+    return sum(piece.dtype.itemsize * piece.numel for piece in pieces) + 4096 * chunks + 2**20

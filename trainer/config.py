@@ -12,11 +12,31 @@ from pydantic import Field
 
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
-from farspan.schema import Count, Leading, Ratio, Schema
+from farspan.schema import Count, Leading, Schema
 from farspan.trainer.adapters.config import PEQA, Adapter, FullFineTune, LoRA, PaCA, Reversible
 from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
+from farspan.trainer.optimizers.config import COAT, LAMB, AdamW8bit, DCTAdamW, GaLore, Muon, Optim, Optimizer
 
-__all__ = ["NF4", "PEQA", "Adapter", "Base", "FullFineTune", "Int8", "LoRA", "PaCA", "Reversible", "Unquantized"]
+__all__ = [
+    "COAT",
+    "LAMB",
+    "NF4",
+    "PEQA",
+    "AdamW8bit",
+    "Adapter",
+    "Base",
+    "DCTAdamW",
+    "FullFineTune",
+    "GaLore",
+    "Int8",
+    "LoRA",
+    "Muon",
+    "Optim",
+    "Optimizer",
+    "PaCA",
+    "Reversible",
+    "Unquantized",
+]
 
 
 class Model(Leading):
@@ -111,37 +131,10 @@ class Parallel(Schema):
     dp: int | Literal["auto"] = "auto"
     """Groups of `sp` ranks that train on different sequences. `auto`: what is left after sp."""
     zero: Literal[0, 1, 2, 3, "auto"] = "auto"
-    """DeepSpeed ZeRO stage over the joined dp x sp group. 0: nothing is sharded, plain fused AdamW."""
+    """DeepSpeed ZeRO stage over the joined dp x sp group. 0: nothing is sharded, but for the state of optimizers
+    other than AdamW, of which each rank holds some parameters'."""
     cpu_offload: bool = False
     """Keep optimizer states in host memory and update there (DeepSpeed CPU Adam; needs ZeRO >= 1)."""
-
-
-class Optim(Schema):
-    """Optimizer, schedule and the size of a step."""
-
-    type: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1e-4, gt=0)
-    steps: int = Field(default=100, ge=1)
-    """Optimizer steps of the whole job."""
-    tokens_per_step: Count | Literal["auto"] = "auto"
-    """Global tokens of one optimizer step: a multiple of context x dp. `auto`: one pack per dp group."""
-    warmup_steps: int | Literal["auto"] = "auto"
-    """Linear warm-up. `auto`: 3 % of the steps, at least one."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine to the floor, or stable then linear decay (WSD), or flat."""
-    min_lr_ratio: Ratio = 0.1
-    """The floor of the schedule as a share of lr."""
-    decay_share: Ratio = 0.2
-    """WSD: share of all steps spent decaying."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, on matrices only (no norms, no biases)."""
-    beta1: Ratio = 0.9
-    beta2: Ratio = 0.95
-    eps: float = Field(default=1e-8, gt=0)
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Global gradient norm is clipped to this; null: never."""
-    seed: int = 0
-    """Order of the data, dropout, adapter initialisation."""
 
 
 class Checkpoint(Schema):
@@ -225,7 +218,7 @@ class TrainSpec(Schema):
     accumulation: int = Field(ge=1)
     """Micro-batches (packs) per dp group in one optimizer step."""
     warmup_steps: int = Field(ge=0)
-    optim: Optim
+    optim: Optimizer
     memory: Tiles
     placement: Placement | None = None
     """What each decoder layer stores and where; None: autograd's own way."""

@@ -1,11 +1,12 @@
-"""An engine owns gradients and optimizer of the trainable parameters: plain fused AdamW, or DeepSpeed ZeRO.
+"""An engine owns gradients and optimizer of the trainable parameters: any optimizer at ZeRO 0, or DeepSpeed's AdamW.
 
 The contract every engine keeps, at every ZeRO stage:
 
 - `backward(loss)`: `loss` is this rank's *sum* of token losses divided by the trained tokens of the whole step (all
   ranks, all micro-batches). After the last backward of a step the gradient is the *sum* over ranks and micro-batches,
   which is the gradient of the mean loss over all trained tokens.
-- masters and moments are fp32 whatever the compute dtype; a parameter in bf16 is the rounded master after `step`.
+- masters are fp32 whatever the compute dtype, moments as the optimizer has them; a parameter in bf16 is the rounded
+  master after `step`.
 - `fragments()` names every piece of optimizer state this rank owns by parameter name and offset, in place: a
   checkpoint reads and writes through them, whatever mesh or stage wrote it.
 """
@@ -16,14 +17,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from farspan.trainer.config import Optim
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from farspan.trainer.config import Optim, Precision
+    from farspan.trainer.config import Optimizer, Precision
     from farspan.trainer.parallel.mesh import RankGrid
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What AdamW has of every parameter, in fp32 and its shape."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,13 @@ class Fragment:
     name: str
     """Parameter name as in `model.named_parameters()` of the HF or peft model."""
     kind: str
-    """`master` (fp32 weight), `exp_avg` or `exp_avg_sq`."""
+    """`master` (fp32 weight), `exp_avg`, `exp_avg_sq`, or what else an optimizer keeps."""
     shape: tuple[int, ...]
-    """Shape of the whole parameter."""
+    """Shape of the whole tensor: of masters, and of AdamW's moments, that of the parameter."""
     offset: int
-    """First element of this piece in the flattened parameter."""
+    """First element of this piece in the flattened tensor."""
     tensor: Tensor
-    """fp32 [numel of the piece], a view of live state: writing it restores the optimizer."""
+    """[numel of the piece], a view of live state: writing it restores the optimizer. Masters are fp32."""
 
 
 class Engine(ABC):
@@ -49,6 +53,9 @@ class Engine(ABC):
     """What the loop calls to get the loss; hooks of the engine fire inside."""
     trainable: dict[str, nn.Parameter]
     """Trainable parameters by their HF or peft name."""
+
+    def begin(self, *, lr: float) -> None:  # noqa: B027  only an optimizer in backward must know it so early
+        """Before the first forward of a step: its learning rate."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -77,18 +84,23 @@ class Engine(ABC):
 def make_engine(
     module: nn.Module,
     trainable: dict[str, nn.Parameter],
-    optim: Optim,
+    optim: Optimizer,
     grid: RankGrid,
     *,
     zero: Literal[0, 1, 2, 3],
     precision: Precision,
     cpu_offload: bool = False,
 ) -> Engine:
-    """Plain fused AdamW when nothing is sharded, DeepSpeed ZeRO otherwise."""
+    """The plain engine where nothing is sharded, DeepSpeed ZeRO otherwise, which knows AdamW only."""
+    if zero == 0 and optim.in_backward:
+        from farspan.trainer.engine_in_backward import InBackwardEngine
+
+        return InBackwardEngine(module, trainable, optim, grid.device)
     if zero == 0:
         from farspan.trainer.engine_plain import PlainEngine
 
         return PlainEngine(module, trainable, optim, grid.device)
+    assert isinstance(optim, Optim), f"{optim.type} at ZeRO {zero} is refused when a job is resolved"
     from farspan.trainer.engine_deepspeed import DeepSpeedEngine
     from farspan.trainer.tiling import gather_tiled_whole
 

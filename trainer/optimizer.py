@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from farspan.trainer.config import Optim
+    from farspan.trainer.optimizers.config import Adam
 
 _NORM_PIECE = 1 << 16
 """Elements whose squares are summed in one go."""
 
 
-def lr_at(step: int, optim: Optim, warmup_steps: int) -> float:
+def lr_at(step: int, optim: Adam, warmup_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 1 to `optim.steps`.
 
     Warm-up is linear and reaches `optim.lr` at step `warmup_steps`. Then `cosine` falls to `min_lr_ratio * lr` at the

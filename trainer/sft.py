@@ -150,7 +150,8 @@ class Trainer:
         """One optimizer step over `accumulation` packs per dp group.
 
         Raises:
-            NonFinite: loss or gradient norm is NaN or infinite; weights are as before the step.
+            NonFinite: loss or gradient norm is NaN or infinite; weights are as before the step, unless the optimizer
+                runs in backward.
         """
         spec, grid = self.spec, self.grid
         with self.clock.part("data"):
@@ -158,6 +159,8 @@ class Trainer:
             mine = packs[grid.dp_index :: spec.mesh.dp]
             trained = sum(pack.trained_tokens for pack in packs)
         total = torch.zeros((), dtype=torch.float64, device=grid.device)
+        lr = lr_at(step, spec.optim, spec.warmup_steps)
+        self.engine.begin(lr=lr)
         for micro, pack in enumerate(mine):
             torch.manual_seed(_random_key(spec.optim.seed, step, micro, grid.rank))
             with self.clock.part("data"):
@@ -171,7 +174,6 @@ class Trainer:
             mean_loss = self._sum_over_ranks(total) / max(trained, 1)
         self._require_finite("loss", mean_loss, step, len(packs))
         with self.clock.part("optimizer"):
-            lr = lr_at(step, spec.optim, spec.warmup_steps)
             norm = self.engine.step(lr=lr, clip_norm=spec.optim.clip_norm)
         self._require_finite("gradient norm", norm, step, len(packs))
         tokens = sum(pack.tokens for pack in packs)
@@ -243,7 +245,12 @@ class Trainer:
         raise NonFinite(
             f"{what} is {value} at step {step}",
             at=f"packs {first} to {first + packs - 1} of the data stream",
-            why="a NaN or infinity entered the weights or the arithmetic; the update was not applied",
+            why="a NaN or infinity entered the weights or the arithmetic; the update was "
+            + (
+                "applied as backward ran, which checkpoints do not have"
+                if self.spec.optim.in_backward
+                else "not applied"
+            ),
             try_="resume from the last checkpoint with a lower optim.lr or optim.clip_norm, or --set precision=fp32",
         )
 

@@ -39,7 +39,23 @@ from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora import start as lora_start
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
-from farspan.trainer.config import PEQA, Adapter, FullFineTune, LoRA, Optim, PaCA, Reversible
+from farspan.trainer.config import (
+    COAT,
+    LAMB,
+    PEQA,
+    AdamW8bit,
+    Adapter,
+    DCTAdamW,
+    FullFineTune,
+    GaLore,
+    LoRA,
+    Muon,
+    Optim,
+    Optimizer,
+    PaCA,
+    Reversible,
+)
+from farspan.trainer.engine_in_backward import InBackwardEngine
 from farspan.trainer.engine_plain import PlainEngine
 from farspan.trainer.models import load_model, prepare_model
 from farspan.trainer.optimizer import lr_at
@@ -56,7 +72,7 @@ PACA_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 PEQA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 
-PLAIN = Unquantized()
+PLAIN, ADAMW = Unquantized(), Optim()
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,7 @@ class Method:
     adapter: Adapter
     base: Base = PLAIN
     rates: tuple[float, ...] = LORA_RATES
+    optim: Optimizer = ADAMW
     how: str = ""
     """`peft`: peft's own forward and fp32 adapters; `checkpoint`: torch's checkpointing of every layer."""
     activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
@@ -75,8 +92,21 @@ class Method:
         return isinstance(self.adapter, Reversible)
 
 
+def full(optim: Optimizer, rates: tuple[float, ...] = FULL_RATES) -> Method:
+    """Every weight trained, by another optimizer than AdamW."""
+    return Method(FullFineTune(), rates=rates, optim=optim)
+
+
 METHODS = {
     "full fine-tuning": Method(FullFineTune(), rates=FULL_RATES),
+    "full, AdamW in backward": full(Optim(in_backward=True)),
+    "full, adamw8bit": full(AdamW8bit()),
+    "full, coat": full(COAT()),
+    "full, dct_adamw of 32": full(DCTAdamW(rank=32, every=20)),
+    "full, dct_adamw of 32, 4 bits left out": full(DCTAdamW(rank=32, every=1, feedback="4bit")),
+    "full, galore of 32": full(GaLore(rank=32, every=20, scale=1.0)),
+    "full, lamb": full(LAMB(), (1e-3, 2e-3, 4e-3, 8e-3)),
+    "full, muon": full(Muon()),
     "LoRA, peft's default": Method(LORA, how="peft"),
     "LoRA": Method(LORA),
     "LoRA, dropout 0.05": Method(LORA.model_copy(update={"dropout": 0.05})),
@@ -146,8 +176,9 @@ class Run:
                 layer._gradient_checkpointing_func = lambda call, x: checkpoint(call, x, use_reentrant=False)  # type: ignore[assignment]
         self.trained = sum(p.numel() for p in trainable.values())
         self.weight_bytes = sum(t.nbytes for t in (*causal.parameters(), *causal.buffers()))
-        self.optim = Optim(lr=lr, steps=steps, beta2=0.95)
-        self.engine = PlainEngine(self.module, trainable, self.optim, "cpu")
+        self.optim = method.optim.model_copy(update={"lr": lr, "steps": steps, "beta2": 0.95})
+        engine = InBackwardEngine if self.optim.in_backward else PlainEngine
+        self.engine = engine(self.module, trainable, self.optim, "cpu")
         self.draw = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
 
@@ -164,10 +195,11 @@ class Run:
 
     def step(self, step: int = 1, ids: Tensor | None = None) -> float:
         ids = self.batch() if ids is None else ids
-        trained = ids.numel() - ids.shape[0]
+        trained, lr = ids.numel() - ids.shape[0], lr_at(step, self.optim, max(1, self.steps // 20))
+        self.engine.begin(lr=lr)
         loss = self.loss(ids)
         self.engine.backward(loss / trained, last=True)
-        self.engine.step(lr=lr_at(step, self.optim, max(1, self.steps // 20)), clip_norm=1.0)
+        self.engine.step(lr=lr, clip_norm=None if self.optim.in_backward else 1.0)
         return float(loss.detach()) / trained
 
     def held_out(self, toy: bool) -> float:
