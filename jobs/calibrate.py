@@ -28,7 +28,7 @@ from farspan.memory.calibration import (
 )
 from farspan.memory.config import split_disk
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import CalibrationRequest, Model, TrainSpec
+from farspan.trainer.config import CalibrationRequest, Model, TrainSpec, UniPT
 from farspan.trainer.run_folder import default_cache_root, write_atomically
 
 Measure = Callable[[CalibrationRequest], str]
@@ -43,7 +43,7 @@ def known_calibration(facts: ModelFacts, train: TrainSpec, device: str) -> Calib
 
 def key_of(facts: ModelFacts, train: TrainSpec, device: str) -> dict[str, Any]:
     source = f" {train.model.id} {train.model.revision}" if isinstance(train.model, Model) else ""
-    return calibration_key(shape_of(facts), training_of(train), device, f"{facts.family}{source}")
+    return calibration_key(shape_of(facts), training_of(train, facts), device, f"{facts.family}{source}")
 
 
 def not_measured(device: str) -> JobError:
@@ -61,9 +61,16 @@ def measured_calibration(
     """Measure, and keep it.
 
     Raises:
-        JobError: the cache cannot be written.
+        JobError: the cache cannot be written, or the job's layers are not measured.
         RunFailed: measuring failed.
     """
+    if isinstance(train.adapter, UniPT):
+        raise JobError(
+            "layers beside a side network are counted, not measured",
+            at="memory.profile",
+            why="they run without autograd, which is not how a measurement runs them",
+            try_="--set memory.profile=analytic, and no --measure",
+        )
     key = key_of(facts, train, device)
     found = Measured.model_validate_json(measure(request_of(job, train, facts, key["gradients"])))
     calibration = Calibration(key=key, profile=found.profile, links=found.links)
@@ -81,7 +88,7 @@ def measured_calibration(
 
 
 def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str) -> CalibrationRequest:
-    shape, tile = shape_of(facts), training_of(train).mlp_tile
+    shape, tile = shape_of(facts), training_of(train, facts).mlp_tile
     folder = split_disk(job.memory.disk)[0] or str(job.run_dir.parent) if job.memory.disk else None
     return CalibrationRequest.model_validate(
         {
@@ -89,6 +96,7 @@ def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str)
             "adapter": inner(train.adapter),
             "base": train.base,
             "precision": train.precision,
+            "density": train.density,
             "memory": {**train.memory.model_dump(), "mlp_tile": tile or "off"},
             "context": train.data.context,
             "sp": train.mesh.sp,

@@ -9,12 +9,14 @@ from pydantic import Field
 
 from farspan.cluster.config import Cluster
 from farspan.memory.config import MemoryBudget
+from farspan.memory.plan import Policy
 from farspan.schema import Schema
 from farspan.trainer.config import (
     Adapter,
     Base,
     Checkpoint,
     DataSource,
+    DensityLoss,
     Evaluate,
     FullFineTune,
     ModelSource,
@@ -23,6 +25,7 @@ from farspan.trainer.config import (
     Parallel,
     Precision,
     Track,
+    UniPT,
     Unquantized,
 )
 
@@ -45,6 +48,7 @@ class SFTJob(Schema):
     parallel: Parallel = Parallel()
     memory: MemoryBudget = MemoryBudget()
     optim: Optimizer = Optim()
+    density: DensityLoss = DensityLoss()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     track: Track = Track()
@@ -55,6 +59,11 @@ class SFTJob(Schema):
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir).expanduser().absolute() / self.name
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides what layers store: `memory.plan`, unless they store nothing whatever it says."""
+        return "keep" if isinstance(self.adapter, UniPT) else self.memory.plan
 
     def run(self, *, address: str | None = None, resume: bool = False, clean: bool = False) -> RunResult:
         """Train here on a local Ray, or on the cluster at `address`.

@@ -21,7 +21,7 @@ from farspan.errors import ClusterNotReady, JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.shape import LayerForm
-from farspan.trainer.config import PEQA, Adapter, FullFineTune, Model, PaCA, RandomModel, Reversible
+from farspan.trainer.config import PEQA, S2A, Adapter, FullFineTune, Model, PaCA, RandomModel, Reversible, UniPT
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,13 @@ class ModelFacts:
         if isinstance(adapter, PEQA):
             groups = 1 if adapter.group is None else self.hidden // adapter.group
             return self.layers * groups * sum(self.outputs().values())
+        if isinstance(adapter, UniPT):
+            width = self.hidden // adapter.reduction
+            return width * (self.layers * (self.hidden + 2) + self.hidden + width + 1)
+        if isinstance(adapter, S2A):
+            named = self.outputs() if adapter.target_modules == "all-linear" else adapter.target_modules
+            biases = sum(self.outputs().get(name.split(".")[-1], 0) for name in named) if adapter.bias else 0
+            return self.layers * (biases + 2 * adapter.prompt * self.kv_heads * self.head_dim + adapter.side**2)
         if isinstance(adapter, Reversible):
             return self.trainable(adapter.inside) + 2 * self.layers * self.hidden * adapter.width
         if isinstance(adapter, FullFineTune):

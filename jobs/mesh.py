@@ -65,7 +65,7 @@ def by_prediction(job: SFTJob, facts: ModelFacts, machine: Machine) -> Choose:
             candidates = [_candidate(job, facts, machine, one) for one in resolved]
         except NoProfile as problem:
             return None, f"not predicted: {problem.what}"
-        if job.memory.plan == "solve":
+        if job.policy == "solve":
             _plan(candidates)
         fastest = min((candidate.s_per_token for candidate in candidates if candidate.planned), default=INFINITY)
         if fastest == INFINITY:
@@ -85,9 +85,9 @@ def _candidate(job: SFTJob, facts: ModelFacts, machine: Machine, resolved: Resol
     hardware = hardware_of(job, machine, ranks=gang.world_size, use_gpu=gang.use_gpu)
     problem = problem_of(job, train, facts, hardware)
     tokens = train.data.context * train.mesh.dp * train.accumulation
-    if job.memory.plan == "solve":
+    if job.policy == "solve":
         return Candidate(train.mesh.sp, tokens, problem, least_s(problem), planned=False)
-    prediction = evaluate(problem, fixed_policy(problem, job.memory.plan))
+    prediction = evaluate(problem, fixed_policy(problem, job.policy))
     over = sum(prediction.over_bytes.values())
     return Candidate(train.mesh.sp, tokens, problem, INFINITY if over else prediction.step_s, True, over)
 

@@ -166,7 +166,7 @@ def _planned_anew(situation: Situation, flags: tuple[str, ...], short: Shortage,
     same = f"parallel.sp={situation.resolved.train.mesh.sp}"  # one thing changes, not also what `auto` makes of it
     try:
         job = _changed(situation.job, (same, *flags))
-        if job.memory.plan == "solve":
+        if job.policy == "solve":
             flags = (*flags, f"memory.{short.tier}={_as_flag(limit_bytes)}")
             job = _changed(situation.job, (same, *flags))
         resolved = resolve(job, situation.facts, situation.machine, situation.origins)
@@ -192,9 +192,9 @@ def _prediction(job: SFTJob, resolved: Resolved, situation: Situation, tier: str
     share_bytes = hardware.device_bytes if tier == "device" else hardware.host_bytes
     limits: dict[str, Any] = {f"{tier}_bytes": min(limit_bytes, share_bytes)}
     problem = problem.model_copy(update={"budgets": problem.budgets.model_copy(update=limits)})
-    if job.memory.plan == "solve":
+    if job.policy == "solve":
         return solve(problem).prediction
-    return evaluate(problem, fixed_policy(problem, job.memory.plan))
+    return evaluate(problem, fixed_policy(problem, job.policy))
 
 
 def _changed(job: SFTJob, flags: tuple[str, ...]) -> SFTJob:

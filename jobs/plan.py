@@ -27,7 +27,7 @@ from farspan.memory.profile import Source
 from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, StoredAs, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import PEQA, LoRA, PaCA, Reversible, TrainSpec, Unquantized
+from farspan.trainer.config import PEQA, S2A, LoRA, PaCA, Reversible, TrainSpec, UniPT, Unquantized
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
 MLP_TILE = 2048
@@ -94,7 +94,7 @@ def plan(
         DoesNotFit: no plan fits, or the fixed policy that was asked for does not.
     """
     problem = problem_of(job, train, facts, hardware, calibration)
-    policy = job.memory.plan
+    policy = job.policy
     if policy == "solve":
         solution = solved(problem)
         tiled_s = None
@@ -128,7 +128,7 @@ def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardwa
     except NoProfile:
         return True
     every: FixedPolicy = "recompute" if problem.reversible else "keep"
-    policy = every if job.memory.plan == "solve" else job.memory.plan
+    policy = every if job.policy == "solve" else job.policy
     needed = evaluate(problem, fixed_policy(problem, policy))
     return 2 * needed.device_peak_bytes > problem.budgets.device_bytes or bool(needed.over_bytes)
 
@@ -150,7 +150,9 @@ def require_fit(planned: Planned) -> None:
         f"the policy {planned.policy} does not fit",
         at="memory.plan",
         why=f"{tier} needs {size(need.get(tier, planned.prediction.disk_bytes))}, {size(excess)} more than there is",
-        try_="--set memory.plan=solve",
+        try_="--set memory.plan=solve"
+        if planned.placement.layers and planned.problem.kinds[0].linear
+        else "a shorter data.context, or a higher parallel.sp",
     )
 
 
@@ -162,9 +164,9 @@ def longest_context(
     def problem_at(context: int) -> PlanProblem:
         return problem_of(job, train, facts, hardware, calibration, context=context)
 
-    if job.memory.plan == "solve":
+    if job.policy == "solve":
         return longest(problem_at, step_tokens=LONGEST_STEP, most_tokens=1 << 24)
-    policy, fits, fails = job.memory.plan, 0, (1 << 24) // LONGEST_STEP + 1
+    policy, fits, fails = job.policy, 0, (1 << 24) // LONGEST_STEP + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
         problem = problem_at(middle * LONGEST_STEP)
@@ -185,7 +187,7 @@ def problem_of(
     context: int | None = None,
 ) -> PlanProblem:
     """The planning problem of one rank."""
-    shape, training, rows = shape_of(facts), training_of(train), context or train.data.context
+    shape, training, rows = shape_of(facts), training_of(train, facts), context or train.data.context
     budgets = budgets_of(job, hardware)
     if calibration is None:
         return problem_for(shape, training, hardware, rows, budgets=budgets)
@@ -220,7 +222,7 @@ def shape_of(facts: ModelFacts) -> ModelShape:
     )
 
 
-def training_of(train: TrainSpec) -> Training:
+def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
     """What of a job the bytes and seconds of a step depend on."""
     adapter, coupling, inside = None, None, inner(train.adapter)
     stored = None if isinstance(train.base, Unquantized) else StoredAs.model_validate(train.base.model_dump())
@@ -229,6 +231,14 @@ def training_of(train: TrainSpec) -> Training:
         named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
         adapter = AdapterShape(kind="scales", rank=1, group=inside.group, targets=named, precision="fp32")
         stored = StoredAs(type="integers", bits=inside.bits, group=inside.group)
+    if isinstance(inside, UniPT):
+        adapter = AdapterShape(
+            kind="network", rank=facts.hidden // inside.reduction, targets=(), stores_inputs=inside.store == "inputs"
+        )
+    if isinstance(inside, S2A):
+        targets = inside.target_modules if inside.bias else ()
+        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
+        adapter = AdapterShape(kind="biases", rank=1, targets=named, prompt=inside.prompt, side=inside.side)
     if isinstance(inside, PaCA):
         targets = inside.target_modules
         named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
@@ -262,6 +272,7 @@ def training_of(train: TrainSpec) -> Training:
         micro_batches=train.accumulation,
         activations=train.memory.activations,
         optimizer=optimizer_shape(train.optim),
+        density=train.density.weight > 0,
     )
 
 

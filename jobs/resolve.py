@@ -22,7 +22,7 @@ from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import NF4, PEQA, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, Unquantized
+from farspan.trainer.config import NF4, PEQA, S2A, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, UniPT, Unquantized
 
 STARTED = ("pissa", "olora", "lora_ga")
 MIN_ROWS = 2048
@@ -170,6 +170,7 @@ class _Resolution:
         self.zero = self._zero()
         self.adapter = self._adapter()
         self.base = self._base()
+        self._check_density()
 
     def result(self) -> Resolved:
         job, world_size = self.job, self.dp * self.sp
@@ -189,6 +190,7 @@ class _Resolution:
             accumulation=self.accumulation,
             warmup_steps=self.warmup_steps,
             optim=optim,
+            density=job.density,
             memory=Tiles(**{name: getattr(job.memory, name) for name in Tiles.model_fields}),
             checkpoint=job.checkpoint,
             evaluate=job.evaluate,
@@ -401,6 +403,10 @@ class _Resolution:
                 why="under ZeRO-3 and with DoRA peft's own forward runs, which stores every row",
                 try_="--set adapter.keep_rows=1, or --set parallel.zero=2",
             )
+        if isinstance(adapter, S2A):
+            self._check_s2a(adapter)
+        if isinstance(adapter, UniPT):
+            self._check_unipt(adapter)
         if not isinstance(adapter, Reversible):
             return self._with_alpha(adapter, "adapter")
         if self.job.memory.plan == "keep":
@@ -411,6 +417,94 @@ class _Resolution:
                 try_="--set memory.plan=solve, or another adapter",
             )
         return adapter.model_copy(update={"inside": self._with_alpha(adapter.inside, "adapter.inside")})
+
+    def _check_s2a(self, adapter: S2A) -> None:
+        if not (adapter.bias or adapter.prompt or adapter.side):
+            raise JobError(
+                "nothing would be trained",
+                at=self._at("adapter.bias"),
+                why="the job has neither biases nor a prompt nor side modules",
+                try_="--set adapter.bias=true, or --set adapter.prompt=16",
+            )
+        if (adapter.prompt or adapter.side) and self.zero == 3:
+            raise JobError(
+                "a prompt and side modules do not go with ZeRO-3",
+                at=self._at("parallel.zero"),
+                why="they are read outside of the linear layers whose weights it gathers",
+                try_="--set parallel.zero=2, or biases alone",
+            )
+        if adapter.side and self.facts.hidden % adapter.side:
+            raise JobError(
+                f"side modules of width {adapter.side} do not fit a hidden size of {self.facts.hidden}",
+                at=self._at("adapter.side"),
+                why=f"channels are pooled in even groups: {self.facts.hidden} / {adapter.side} = "
+                f"{self.facts.hidden / adapter.side:.4g}",
+                try_=f"--set adapter.side={math.gcd(adapter.side, self.facts.hidden)}",
+            )
+        rows = self.job.data.context + adapter.prompt
+        windows = [w for w in self.facts.windows if w is not None and w < rows]
+        if adapter.prompt and (windows or self.facts.linear_layers):
+            what = f"a window of {windows[0]} rows" if windows else "a recurrence"
+            raise JobError(
+                "a prompt needs layers that see the whole context",
+                at=self._at("adapter.prompt"),
+                why=f"{what} does not reach back over {self.job.data.context} + {adapter.prompt} rows; "
+                "peft would hide the prompt there",
+                try_="--set adapter.prompt=0, or a shorter data.context",
+            )
+
+    def _check_unipt(self, adapter: UniPT) -> None:
+        hidden, layers, memory = self.facts.hidden, self.facts.layers, self.job.memory
+        if hidden % adapter.reduction or layers < 2:
+            raise JobError(
+                f"a side network of 1/{adapter.reduction} does not fit the model",
+                at=self._at("adapter.reduction"),
+                why=f"hidden size {hidden} / {adapter.reduction} = {hidden / adapter.reduction:.4g}; of {layers} "
+                "layers the last is the anchor of the others",
+                try_=f"--set adapter.reduction={math.gcd(adapter.reduction, hidden)}, on two layers or more",
+            )
+        if self.zero == 3:
+            raise JobError(
+                "a side network does not go with ZeRO-3",
+                at=self._at("parallel.zero"),
+                why="it runs the frozen model a second time inside one node, where weights are not gathered again",
+                try_="--set parallel.zero=2, or --set base=nf4 for a model that is too large",
+            )
+        if self.facts.must_be_measured:
+            raise JobError(
+                "a side network is not planned for such a model",
+                at=self._at("adapter.type"),
+                why="its plan is counted, and layers with experts or a recurrence have to be measured",
+                try_="--set adapter.type=lora",
+            )
+        if self.job.density.weight:
+            raise JobError(
+                "a side network does not change the model's activations",
+                at=self._at("density.weight"),
+                why="no gradient passes through the frozen model, so that a penalty on them would do nothing",
+                try_="--set density.weight=0, or --set adapter.type=lora",
+            )
+        for path, given, allowed in (
+            ("memory.plan", memory.plan, ("solve", "keep")),
+            ("memory.profile", memory.profile, ("auto", "analytic")),
+        ):
+            if given not in allowed:
+                raise JobError(
+                    f"{path}={given} does not go with a side network",
+                    at=self._at(path),
+                    why="layers of the frozen model store nothing that a plan could place, and are counted",
+                    try_=f"--set {path}={allowed[0]}",
+                )
+        self._decide("memory.plan", "keep", "layers of the frozen model store nothing")
+
+    def _check_density(self) -> None:
+        if self.job.density.weight and self.facts.experts > 1:
+            raise JobError(
+                "the density of experts is not penalised",
+                at=self._at("density.weight"),
+                why="transformers runs the experts of a layer as one operator, and what is inside cannot be reached",
+                try_="--set density.weight=0",
+            )
 
     def _bits(self) -> float | None:
         """Of a weight of the linear layers; None: as the precision has it."""

@@ -25,6 +25,7 @@ from farspan.jobs.origins import origins_in_python
 from farspan.jobs.resolve import Resolved, batch_chain, mesh_reason, resolve
 from farspan.jobs.submit import anchored
 from farspan.memory.plan import checkpoint_every_layer, keep_everything
+from farspan.trainer.config import UniPT
 from farspan.trainer.run_folder import RunFolder, read_metrics, write_json
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def _calibration(
     from farspan.jobs.plan import is_scarce
 
     train, gang, device = resolved.train, resolved.gang, device_name(here)
+    if isinstance(train.adapter, UniPT):
+        return None  # counted, and no layer of it runs as a measurement would run it
     wanted = job.memory.profile == "measured"
     if job.memory.profile == "analytic" or job.memory.hardware != "auto":
         return None

@@ -27,6 +27,7 @@ from farspan.memory.profile import (
     Source,
 )
 from farspan.memory.shape import LayerForm, ModelShape, Training
+from farspan.memory.side_network import beside
 from farspan.memory.states import gradient_width, optimizer_s, step_peak_bytes, weights_of
 
 WorkingSet = Literal["today", "tiled"]
@@ -51,6 +52,13 @@ def analytic_profile(
     forms = {shape.form(layer).name: shape.form(layer) for layer in range(shape.layers)}
     for form in forms.values():
         _require_counted(form)
+    if training.adapter is not None and (training.adapter.prompt or training.adapter.side):
+        raise NoProfile(
+            "layers with a prompt or side modules have no analytic profile",
+            at="adapter.prompt" if training.adapter.prompt else "adapter.side",
+            why="what their own operators take beside the layer's is not counted",
+            try_="plan with a measured profile of this model",
+        )
     if training.adapter is not None and training.adapter.dora:
         raise NoProfile(
             "layers with DoRA have no analytic profile",
@@ -117,7 +125,7 @@ def _kind(
     on_host = sizes.on_host
     if on_host is not None:
         on_host = on_host.model_copy(update={"rebuild_peak": _without(on_host.rebuild_peak, o_bytes)})
-    return KindProfile(
+    kind = KindProfile(
         name=form.name,
         x_bytes_per_row=training.width_bytes * shape.hidden,
         attention=attention,
@@ -135,6 +143,9 @@ def _kind(
         on_host=on_host,
         saved=sizes.saved,
     )
+    if training.adapter is None or training.adapter.kind != "network":
+        return kind
+    return beside(kind, shape, training, hardware, gradient_bytes=kind.gradient_bytes)
 
 
 def _more(amount: Amount, per_row: float, constant: float) -> Amount:
@@ -222,6 +233,8 @@ def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> tu
         weights = sum(i * o for name, (i, o) in shape.linears().items() if training.adapts(name))
         of_groups = 2 * weights / hardware.matmul_flop_per_s[training.precision]
         return 0.0, of_groups if training.adapter.group is not None else 0.0
+    if training.adapter.kind in ("biases", "network"):
+        return 0.0, 0.0
     return (0.0, once_s) if training.adapter.kind == "columns" else (once_s, 2 * once_s)
 
 

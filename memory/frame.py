@@ -13,12 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farspan.kernels.attention import KnownRows, causal_attention
+from farspan.kernels.prefix_attention import Prefix, prefixed_attention
 
 TILED_MLP = "mlp"
 """Class of a whole MLP's output where it runs in row tiles; needed for the next layer's input only."""
@@ -83,14 +85,19 @@ def attention(
     lengths: Sequence[int],
     scale: float,
     window: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Tensor:
-    """`causal_attention`'s output, with stored rows taken as given where the active frame has them."""
+    """Output of `causal_attention` or `prefixed_attention`, with stored rows as given where the frame has them."""
     frame = current()
+    run: Callable[..., tuple[Tensor, Tensor]] = causal_attention
+    if prefix is not None:
+        run = partial(prefixed_attention, prefix=prefix)
+
     if frame is None:
-        return causal_attention(q_BHSD, k_BKSD, v_BKSD, lengths=lengths, scale=scale, window=window)[0]
+        return run(q_BHSD, k_BKSD, v_BKSD, lengths=lengths, scale=scale, window=window)[0]
     if frame.caught is not None:
         frame.caught(q_BHSD, k_BKSD, v_BKSD, {"lengths": lengths, "scale": scale, "window": window})
-    out, lse = causal_attention(q_BHSD, k_BKSD, v_BKSD, lengths=lengths, scale=scale, window=window, known=frame.rows())
+    out, lse = run(q_BHSD, k_BKSD, v_BKSD, lengths=lengths, scale=scale, window=window, known=frame.rows())
     if frame.attended is not None:
         frame.attended(out, lse)
     return out

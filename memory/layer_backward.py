@@ -123,14 +123,14 @@ class LayerRun(LayerForward):
             self.used(*known)
             self.arrive(source, dx, e * inputs, owns=False)
             return
-        if self.training.adapts(name) and adapter is not None and adapter.kind == "columns":
-            columns = f"{source} columns"
-            self.need(columns)
+        if self.training.adapts(name) and adapter is not None and adapter.kind in ("columns", "biases"):
+            kept_columns = [f"{source} columns"] * (adapter.kind == "columns")
+            self.need(*kept_columns)
             whole = self.whole(name)
             dx = self.make(f"d {name} in", e * inputs)
             self.drop(*whole)
             self.drop(*[g] * (not keep))
-            self.used(columns)
+            self.used(*kept_columns)
             self.arrive(source, dx, e * inputs, owns=False)
             return
         if self.training.adapts(name):
@@ -240,9 +240,10 @@ class LayerRun(LayerForward):
         self.used("silu", self.up)
         if not self.shape.fused:
             self.linear_backward("up_proj", d_up, source)
+        d_silu = self.penalised("d silu") if self.training.density else "d silu"
         self.need(self.gate)
         self.make("d gate", e * f, reads=2 * e * f)
-        self.drop("d silu")
+        self.drop(d_silu)
         self.used(self.gate)
         if not self.shape.fused:
             self.linear_backward("gate_proj", "d gate", source)
@@ -250,6 +251,15 @@ class LayerRun(LayerForward):
         both = self.make("d gate and up", 2 * e * f, reads=2 * e * f)
         self.drop("d gate", d_up)
         self.linear_backward("gate_up_proj", both, source)
+
+    def penalised(self, g: str) -> str:
+        """The node of `memory.density` on silu's output."""
+        self.need("silu")
+        out = self.make(f"{g}, penalised", self.e * self.f, reads=2 * self.e * self.f)
+        layer_operators.density_chunk(self)
+        self.drop(g)
+        self.used("silu")
+        return out
 
     def tiled_backward(self, g: str, source: str) -> None:
         """Tile by tile: the MLP with autograd, and its backward. The tile's source is a view."""

@@ -184,6 +184,9 @@ class LayerForward(Ledger):
         if adapter.kind == "scales":
             self.keep_for_backward(f"{name} adapter", *((name,) if adapter.group is None else self.kept_of(source)))
             return name
+        if adapter.kind == "biases":
+            self.traffic += 2 * e * outputs
+            return name
         if adapter.kind == "columns":
             if self.grad:
                 columns = f"{source} columns"
@@ -361,6 +364,7 @@ class LayerForward(Ledger):
             gate = self.linear("gate_proj", source)
         self.make("silu", e * f, reads=e * f)
         self.keep_for_backward("silu", gate)
+        self.keep_for_backward("density", *["silu"] * self.training.density)
         self.drop(*[gate] * (not self.shape.fused))
         if not self.shape.fused:
             up = self.linear("up_proj", source)

@@ -83,6 +83,8 @@ def gated_backward(run: LayerRun, g: str, source: str, *, keep: bool) -> None:
     run.make("d gate", e * f, reads=2 * e * f)
     run.make("d up", e * f, reads=2 * e * f)
     chunk(run, "gated backward")
+    if run.training.density:
+        density_chunk(run)
     run.drop(run.gradient_of.pop("product"))
     run.used(*kept)
     if not run.shape.fused:
@@ -92,6 +94,12 @@ def gated_backward(run: LayerRun, g: str, source: str, *, keep: bool) -> None:
     whole = run.make("d gate and up", 2 * e * f, reads=2 * e * f)
     run.drop("d gate", "d up")
     run.linear_backward("gate_up_proj", whole, source)
+
+
+def density_chunk(run: LayerForward) -> None:
+    """A few tensors in fp32, as large as a chunk, while the penalty's gradient is made."""
+    each = {"autograd": 4 * FP32, "fused": run.e + 4 * FP32, "fp8": 28, "int4": 24}[run.training.activations]
+    run.drop(run.make("a chunk of the penalty", 0.0, constant=CHUNK_ELEMENTS[run.device] * each))
 
 
 def chunk(run: LayerForward, doing: str) -> None:

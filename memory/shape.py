@@ -100,11 +100,12 @@ class ModelShape(Schema):
 
 
 class AdapterShape(Schema):
-    """Low-rank adapters as peft builds them, columns trained in place (PaCA), or scales of rows of integers (PEQA)."""
+    """Low-rank adapters as peft builds them, columns trained in place (PaCA), scales of rows of integers (PEQA), biases
+    with a prompt and side modules (S2A), or a network beside a frozen model (UniPT)."""
 
-    kind: Literal["lora", "columns", "scales"] = "lora"
+    kind: Literal["lora", "columns", "scales", "biases", "network"] = "lora"
     rank: int = Field(ge=1)
-    """Of scales: groups of the narrowest row."""
+    """Of scales: groups of the narrowest row; of a network: its width."""
     group: int | None = None
     """Elements that share a scale; None: a row."""
     targets: tuple[str, ...] | None = None
@@ -116,6 +117,12 @@ class AdapterShape(Schema):
     """Share of the input's rows that are stored."""
     dora: bool = False
     """Lengths of rows trained apart; what peft's operators keep for it is not counted."""
+    prompt: int = 0
+    """Tokens of a prefix of keys and values in each layer."""
+    side: int = 0
+    """Width of a module beside each MLP."""
+    stores_inputs: bool = False
+    """A network keeps what layers give."""
     start: bool = False
     """A frozen second pair takes the start off."""
     whole: tuple[Literal["lm_head", "embed_tokens"], ...] = ()
@@ -215,6 +222,8 @@ class Training(Schema):
     activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
     """What norms, gated units and trained linear layers keep (`memory.operators`)."""
     optimizer: OptimizerShape = OptimizerShape()
+    density: bool = False
+    """A penalty on the activated gate (`memory.density`)."""
 
     @property
     def world_size(self) -> int:
@@ -257,8 +266,13 @@ class Training(Schema):
         if self.adapter is None:
             return shape.layer_parameters + beside
         adapted = [(i, o) for name, (i, o) in shape.linears().items() if self.adapts(name)]
+        if self.adapter.kind == "network":
+            return (shape.hidden + 2) * self.adapter.rank
         if self.adapter.kind == "scales":
             return sum(o * (1 if self.adapter.group is None else i // self.adapter.group) for i, o in adapted) + beside
+        if self.adapter.kind == "biases":
+            parts = 2 * shape.kv_width * self.adapter.prompt + self.adapter.side**2
+            return sum(o for _, o in adapted) + parts + beside
         inputs = 0 if self.adapter.kind == "columns" else sum(i for i, _ in adapted)
         beside += sum(o for _, o in adapted) * self.adapter.dora
         return self.adapter.rank * (inputs + sum(o for _, o in adapted)) + beside
@@ -299,6 +313,8 @@ class Training(Schema):
         matrix = shape.vocab * shape.hidden
         head = matrix if self.trains("lm_head") else 0
         embedding = matrix if self.trains("embed_tokens") and not (shape.tied and head) else 0
+        if self.adapter is not None and self.adapter.kind == "network":
+            head += (self.adapter.rank + shape.hidden + 1) * self.adapter.rank
         return embedding, head + (shape.hidden if self.adapter is None else 0)
 
     def trained(self, shape: ModelShape) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from farspan.memory.coupling import Coupling, Streams
+from farspan.memory.density import Density, add_density
 from farspan.memory.executor import Executor
 from farspan.memory.operators import Activations, keep_less
 from farspan.memory.plan import LayerPlan, Placement, Rows
@@ -20,7 +21,7 @@ from farspan.trainer.adapters.reversible.apply import CHILD
 from farspan.trainer.attention import NAME, PackedSequence
 from farspan.trainer.bases.config import Base
 from farspan.trainer.bases.load import quantize
-from farspan.trainer.config import FullFineTune, Mesh, Optim, RandomModel, Reversible
+from farspan.trainer.config import DensityLoss, FullFineTune, Mesh, Optim, RandomModel, Reversible
 from farspan.trainer.engine import make_engine
 from farspan.trainer.models import DTYPES, UNQUANTIZED, CausalLMLoss, add_adapter, random_config, zero3
 from farspan.trainer.parallel.mesh import RankGrid, form_groups
@@ -46,6 +47,7 @@ class Model:
         layers: int = LAYERS,
         base: Base = UNQUANTIZED,
         activations: Activations = "autograd",
+        density: DensityLoss | None = None,
         **changed: Any,
     ) -> None:
         adapter = adapter or FullFineTune()
@@ -59,13 +61,17 @@ class Model:
         streams: list[Coupling] = []
         self.model = add_adapter(self.causal, adapter, seed=1, streams=streams)
         self.coupling = streams[0] if streams else None
+        penalty = Density(density.weight, density.eps, density.threshold) if density is not None else None
+        if penalty is not None:
+            add_density(self.layers, penalty)
         self.operators = keep_less(self.layers, activations, hidden_act=config.hidden_act)
         for index, (name, parameter) in enumerate(sorted(self.model.named_parameters())):
-            if ("lora_B" in name or f"{CHILD}.up" in name) and parameter.numel():
+            if ("lora_B" in name or f"{CHILD}.up" in name or name == "unipt.up") and parameter.numel():
                 # starts at zero, which would make the other factor's gradient zero too
                 drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
                 parameter.data.copy_(drawn * 0.05)
         self.loss = CausalLMLoss(self.model, self.causal, loss_tile=512)
+        self.loss.density = penalty
         self.loss.train()
 
     @property
@@ -138,6 +144,12 @@ def step_on_rank(rank: int, mesh: tuple[int, int], cases: list[dict[str, Any]]) 
     return [{**run, **loss} for run, loss in zip(runs, losses)]
 
 
+def engines_on_rank(rank: int, mesh: tuple[int, int], zeros: list[int], **case: Any) -> list[dict[str, Tensor]]:
+    """Losses, gradients and weights of the same step by several engines."""
+    grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
+    return [_step(grid, "llama", "fp32", zero=zero, placement=None, lengths=[130, 170], **case) for zero in zeros]
+
+
 def coupled_on_rank(rank: int, cases: list[dict[str, Any]]) -> list[list[str]]:
     """For each case what differs between storing inputs and the placements, streams that do not come back included."""
     return [_compare_coupled(rank, **case) for case in cases]
@@ -198,11 +210,12 @@ def _step(
     self_test: bool = False,
     base: Base = UNQUANTIZED,
     activations: Activations = "autograd",
+    density: DensityLoss | None = None,
     wrong: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """Two micro-batches through an engine: losses, whole gradients, and the weights after the update."""
     with zero3(zero == 3, grid.device) if zero == 3 else contextlib.nullcontext():
-        made = Model(family, precision=precision, adapter=adapter, base=base, activations=activations)
+        made = Model(family, precision=precision, adapter=adapter, base=base, activations=activations, density=density)
     if tile is not None:
         tile_mlp(made.model, tile)
     store = Store(host_bytes=64 << 20) if placement is not None and placement.saved == "host" else None
@@ -227,6 +240,8 @@ def _step(
         loss = engine.module(*mine, PackedSequence(tuple(lengths), ulysses))
         found[f"loss {micro}"] = loss.detach().clone()
         engine.backward(loss / 1000, last=micro == 1)
+    if made.loss.density is not None:
+        found["loss of density"] = made.loss.density.take(grid.device)
     found |= {name: gradient.clone() for name, gradient in engine.full_gradients().items()}
     engine.step(lr=1e-2, clip_norm=1.0)
     found |= {f"{f.name} {f.kind}": f.tensor.clone() for f in engine.fragments()}

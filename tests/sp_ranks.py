@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 200.0) -> list[Any]:
+def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 200.0, **keywords: Any) -> list[Any]:
     """Run `function(rank, *args)` on spawned gloo ranks and return their results in rank order."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -23,7 +23,8 @@ def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 200.
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_rank, args=(function, rank, world_size, port, theirs, args), daemon=True)
+        arguments = (function, rank, world_size, port, theirs, args, keywords)
+        process = context.Process(target=_rank, args=arguments, daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -42,12 +43,20 @@ def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 200.
             process.kill()
 
 
-def _rank(function: Any, rank: int, world_size: int, port: int, pipe: Any, args: tuple[Any, ...]) -> None:
+def _rank(
+    function: Any,
+    rank: int,
+    world_size: int,
+    port: int,
+    pipe: Any,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
         # plain pickle: torch's own shares tensors through files that vanish with this process
-        pipe.send_bytes(pickle.dumps(("result", function(rank, *args))))
+        pipe.send_bytes(pickle.dumps(("result", function(rank, *args, **keywords))))
         dist.barrier()
     except BaseException:
         pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))

@@ -19,7 +19,7 @@ from farspan.memory import executor as executor_module
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
-from farspan.trainer.config import PEQA, FullFineTune, LoRA, PaCA
+from farspan.trainer.config import PEQA, S2A, FullFineTune, LoRA, PaCA
 from farspan.trainer.models import hollow_layers
 from farspan.trainer.tiling import tile_mlp
 
@@ -34,6 +34,7 @@ ADAPTERS = {
     "some rows": LoRA(rank=4, keep_rows=0.3, dropout=0.1),
     "paca": PaCA(rank=4),
     "peqa": PEQA(bits=3),
+    "s2a": S2A(prompt=3, side=8),
     "peqa, groups": PEQA(bits=4, group=16),
 }
 _kept: dict[Any, dict[str, torch.Tensor]] = {}
@@ -288,6 +289,8 @@ CASES = [
         ("qwen3", "fp32", LoRA(rank=4), 3, [900]),
         ("llama", "bf16", PaCA(rank=4), 3, [500, 400]),
         ("qwen3", "bf16", PEQA(bits=4), 0, [500, 400]),
+        ("llama", "bf16", S2A(), 3, [500, 400]),
+        ("qwen3", "bf16", S2A(prompt=4, side=8), 0, [500, 200, 200]),
     ]
 ] + [{"family": "llama", "precision": "bf16", "adapter": LoRA(rank=4), "mesh": (2, 1), "zero": 2, "lengths": [450]}]
 

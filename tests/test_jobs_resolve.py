@@ -1,6 +1,7 @@
 """Resolution: no `auto` is left, every value has an origin, contradictions are refused with the cure."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from farspan import (
     NF4,
     PEQA,
+    S2A,
     Cluster,
+    DensityLoss,
     FullFineTune,
     Int8,
     LoRA,
@@ -21,6 +24,7 @@ from farspan import (
     Reversible,
     SFTJob,
     TextData,
+    UniPT,
 )
 from farspan.errors import JobError
 from farspan.jobs.facts import Machine, model_facts
@@ -191,6 +195,21 @@ BAD = [
     (make(adapter=LoRA(), base=Int8(), parallel=Parallel(zero=3)), "cannot be sharded", "zero", "hold", "zero=2"),
     (make(adapter=PEQA(), base=NF4()), "PEQA does its own rounding", "base", "16 bits", "--set base=bf16"),
     (make(adapter=PEQA(), parallel=Parallel(zero=2)), "PEQA does not go with ZeRO-2", "zero", "fp32", "zero=0"),
+    (make(adapter=S2A(bias=False)), "nothing would be trained", "adapter.bias", "neither biases", "adapter.prompt=16"),
+    (make(adapter=S2A(prompt=4), parallel=Parallel(zero=3)), "do not go with ZeRO-3", "zero", "read outside", "zero=2"),
+    (make(adapter=S2A(side=48)), "width 48 do not fit", "adapter.side", "256 / 48 = 5.333", "adapter.side=16"),
+    (
+        make(model=RandomModel("mistral"), adapter=S2A(prompt=4)),
+        "see the whole context",
+        "adapter.prompt",
+        "a window of 4096 rows",
+        "adapter.prompt=0",
+    ),
+    (make(adapter=UniPT(reduction=7)), "does not fit", "adapter.reduction", "256 / 7 = 36.57", "adapter.reduction=1"),
+    (make(adapter=UniPT(), parallel=Parallel(zero=3)), "side network does not go", "zero", "second time", "zero=2"),
+    (make(adapter=UniPT(), density=DensityLoss(weight=1)), "activations", "density", "no gradient", "weight=0"),
+    (make(adapter=UniPT(), memory=MemoryBudget(plan="recompute")), "plan=recompute", "plan", "nothing", "plan=solve"),
+    (make(adapter=UniPT(), memory=MemoryBudget(profile="measured")), "measured", "profile", "counted", "auto"),
     (make(adapter=LoRA(init="olora"), parallel=Parallel(zero=3)), "starts at olora", "init", "frozen pair", "zero=2"),
     (make(adapter=LoRA(dora=True, init="pissa")), "DoRA does not start at pissa", "init", "lengths", "init=default"),
     (make(adapter=LoRA(keep_rows=0.5, dora=True)), "one node", "keep_rows", "peft's own", "keep_rows=1"),
@@ -260,3 +279,12 @@ def test_parameter_counts_against_transformers_and_peft(family, tie):
         peft = get_peft_model(made, LoraConfig(r=4, target_modules=modules))
         trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
         assert facts.trainable(LoRA(rank=4, target_modules=targets)) == trained
+
+
+def test_the_density_of_experts_is_refused():
+    job = make(density=DensityLoss(weight=0.1))
+    machine = Machine(nodes=({"CPU": 2.0},), cpu_memory_bytes=8 * GIB)
+    with pytest.raises(JobError, match="density of experts") as refused:
+        resolve(job, replace(model_facts(job.model), experts=8), machine, {})
+    assert "density.weight=0" in str(refused.value)
+    assert done(job).train.density.weight == 0.1

@@ -23,6 +23,7 @@ from farspan.kernels.attention_backends.per_document import prefix_rows
 from farspan.memory.allocations import footprint
 from farspan.memory.analytic import analytic_profile
 from farspan.memory.build import O_BLOCK_ROWS, build_problem, problem_for
+from farspan.memory.density import Density, add_density
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.layer_backward import LayerRun
 from farspan.memory.layer_forward import head_split
@@ -40,8 +41,9 @@ from farspan.trainer.adapters.lora.apply import install, keep_rows
 from farspan.trainer.adapters.lora.start import reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
+from farspan.trainer.adapters.s2a.apply import add_parts
 from farspan.trainer.bases.load import quantize
-from farspan.trainer.config import NF4, PEQA, Int8, Optim, PaCA
+from farspan.trainer.config import NF4, PEQA, S2A, Int8, Optim, PaCA
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
 from farspan.trainer.tiling import tile_mlp
@@ -56,6 +58,7 @@ UNIT = 512 * 2
 LORA = AdapterShape(rank=8)
 SCALES = AdapterShape(kind="scales", rank=1, precision="fp32")
 COLUMNS = AdapterShape(kind="columns", rank=8)
+BIASES = AdapterShape(kind="biases", rank=1)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"qk_norm": "head"},
@@ -130,6 +133,7 @@ def decoder_layer(
     tile: int | None,
     base: StoredAs | None,
     activations: Any = "autograd",
+    density: bool = False,
 ) -> tuple[Any, Any]:
     shape = small(family)
     config = AutoConfig.for_model(
@@ -150,6 +154,8 @@ def decoder_layer(
         quantize(model, NF4(double=base.double) if base.type == "nf4" else Int8())
     if adapter is not None and adapter.kind == "columns":
         add_columns(model, PaCA(rank=adapter.rank), seed=0)
+    elif adapter is not None and adapter.kind == "biases":
+        add_parts(model, S2A(), seed=0)
     elif adapter is not None and adapter.kind == "scales":
         add_scales(model, PEQA(bits=4, group=adapter.group))
     elif adapter is not None:
@@ -164,6 +170,8 @@ def decoder_layer(
             install(adapted)
         if adapter.keep_rows < 1:
             keep_rows(adapted, adapter.keep_rows)
+    if density:
+        add_density(decoder_layers(model), Density(0.5, 1e-7, 1e-3))
     keep_less(decoder_layers(model), activations, hidden_act="silu")
     if tile is not None:
         tile_mlp(model, tile)
@@ -192,6 +200,9 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("qwen3", "fp32", AdapterShape(rank=8, keep_rows=0.5), 256, None),
         ("llama", "fp32", AdapterShape(rank=8, dropout=True), None, None),
         ("phi3", "bf16", LORA, None, None),
+        ("llama", "bf16", BIASES, None, None),
+        ("qwen3", "fp32", BIASES, None, StoredAs(type="nf4")),
+        ("olmo2", "bf16", BIASES, None, None),
         ("llama", "bf16", COLUMNS, None, None),
         ("qwen3", "fp32", COLUMNS, 256, None),
         ("olmo2", "bf16", COLUMNS, None, None),
@@ -215,10 +226,11 @@ def test_counts_equal_torch(
     tile: int | None,
     base: StoredAs | None,
     activations: Any = "autograd",
+    density: bool = False,
 ) -> None:
     """What autograd saves, to the byte, and the peak of forward and backward of a layer."""
     rows, shape = 1024, small(family)
-    layer, rotary = decoder_layer(family, precision, adapter, tile, base, activations)
+    layer, rotary = decoder_layer(family, precision, adapter, tile, base, activations, density)
     x = torch.randn(
         1, rows, shape.hidden, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, requires_grad=True
     )
@@ -259,6 +271,7 @@ def test_counts_equal_torch(
         micro_batches=2,
         base=base,
         activations=activations,
+        density=density,
     )
     (kind,) = analytic_profile(shape, training, CPU).kinds
     keeps_x = precision == "fp32" and activations == "autograd"
@@ -301,6 +314,7 @@ def test_counts_equal_torch(
         ("olmo2", "bf16", AdapterShape(rank=8, dropout=True), None, None, "int4"),
         ("phi3", "bf16", AdapterShape(rank=8, start=True), None, None, "fp8"),
         ("olmo2", "fp32", None, None, None, "fused"),
+        ("llama", "bf16", BIASES, None, None, "fused"),
         ("qwen3", "bf16", COLUMNS, 512, None, "int4"),
         ("llama", "bf16", AdapterShape(rank=8, keep_rows=0.25), None, StoredAs(type="nf4"), "fused"),
         ("llama", "bf16", SCALES, None, StoredAs(type="integers"), "fp8"),
@@ -318,6 +332,28 @@ def test_counts_of_operators_that_keep_less(
 ) -> None:
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1 << 16)  # at a thousand rows what a chunk takes would lead
     test_counts_equal_torch(family, precision, adapter, tile, base, activations)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "adapter", "tile", "activations"),
+    [
+        ("llama", "bf16", LORA, None, "autograd"),
+        ("llama", "fp32", None, None, "autograd"),
+        ("qwen3", "fp32", LORA, 256, "autograd"),
+        ("phi3", "bf16", None, None, "fused"),
+        ("llama", "bf16", LORA, None, "int4"),
+    ],
+)
+def test_counts_with_a_density_loss(
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    precision: str,
+    adapter: AdapterShape | None,
+    tile: int | None,
+    activations: str,
+) -> None:
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1 << 16)
+    test_counts_equal_torch(family, precision, adapter, tile, None, activations, density=True)
 
 
 @pytest.mark.parametrize(("precision", "trained"), [("bf16", True), ("bf16", False), ("fp32", False)])

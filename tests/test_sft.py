@@ -16,7 +16,18 @@ from sp_ranks import on_ranks, train_rank
 from farspan import Checkpoint, Evaluate, LoRA, MemoryBudget, Optim, RandomModel, TextData, Track
 from farspan.memory.plan import checkpoint_every_layer
 from farspan.memory.self_test import RebuildDiffers
-from farspan.trainer.config import COAT, AdamW8bit, DCTAdamW, FullFineTune, Mesh, Muon, TrainSpec
+from farspan.trainer.config import (
+    COAT,
+    S2A,
+    AdamW8bit,
+    DCTAdamW,
+    DensityLoss,
+    FullFineTune,
+    Mesh,
+    Muon,
+    TrainSpec,
+    UniPT,
+)
 from farspan.trainer.data.packing import PackedStream
 from farspan.trainer.data.prepare import prepare
 from farspan.trainer.data.store import TokenStore
@@ -90,8 +101,10 @@ def numbers(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         (Mesh(dp=1, sp=2), 0, "bf16", LoRA(rank=4, dropout=0.1)),
         (Mesh(dp=2, sp=1), 3, "bf16", FullFineTune()),
         (Mesh(dp=1, sp=2), 2, "fp32", FullFineTune()),
+        (Mesh(dp=1, sp=2), 2, "bf16", S2A(prompt=3, side=8)),
+        (Mesh(dp=1, sp=2), 0, "fp32", UniPT(reduction=4)),
     ],
-    ids=["one rank", "sp 2 lora dropout", "zero 3 bf16", "zero 2"],
+    ids=["one rank", "sp 2 lora dropout", "zero 3 bf16", "zero 2", "sp 2 zero 2 s2a", "sp 2 unipt"],
 )
 def test_resuming_is_bit_exact_across_an_epoch_edge(
     tokens: Path, tmp_path: Path, mesh: Mesh, zero: int, precision: str, adapter: Any
@@ -174,6 +187,29 @@ def test_the_loss_is_that_of_transformers_on_the_same_documents(tokens: Path, tm
             logits = model(input_ids=ids).logits[0, :-1]
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
     assert record["loss"] == pytest.approx(total / pack.trained_tokens, rel=1e-6)
+
+
+def test_a_density_loss_is_told_and_works(tokens: Path, tmp_path: Path) -> None:
+    """The same numbers over any mesh; activations become sparser than without."""
+    common = {"optim": Optim(lr=1e-2, steps=8), "memory": MemoryBudget(loss_tile=64, mlp_tile=48)}
+    found = {}
+    for name, weight, mesh, accumulation in (
+        ("none", 0.0, Mesh(dp=1, sp=1), 2),
+        ("one", 30.0, Mesh(dp=1, sp=1), 2),
+        ("two", 30.0, Mesh(dp=1, sp=2), 2),
+        ("dp", 30.0, Mesh(dp=2, sp=1), 1),
+    ):
+        density = DensityLoss(weight=weight, eps=1e-2, threshold=0.01)
+        job = spec(tokens, tmp_path / name, mesh=mesh, accumulation=accumulation, density=density, **common)
+        found[name] = run(job)
+    assert "density" not in found["none"][0]
+    for other in ("two", "dp"):
+        for got, want in zip(found[other], found["one"]):
+            for key in ("loss", "density", "density_loss"):
+                assert got[key] == pytest.approx(want[key], rel=1e-4), (other, key, got["step"])
+    first, last = found["one"][0], found["one"][-1]
+    assert 0 < last["density"] < first["density"] <= 1
+    assert 0 < last["density_loss"] < first["density_loss"] <= MODEL.layers
 
 
 class Events(Silent):

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from farspan.errors import JobError
+from farspan.kernels.prefix_attention import Prefix
 from farspan.memory.frame import attention, known_output
-from farspan.trainer.parallel.ulysses import Ulysses
+from farspan.trainer.parallel.ulysses import Ulysses, head_layout
 
 NAME = "farspan"
 KEYWORD = "packed_sequence"
+PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
+"""Parameters [K, n, D] of an attention layer: what every row of every document sees besides its document."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,28 @@ def attend(
     heads, kv_heads = query.shape[1], key.shape[1]
     ulysses, lengths = packed_sequence.ulysses, packed_sequence.lengths
     rest: Any = {"lengths": lengths, "scale": scale, "window": sliding_window}
+    prefix = _prefix(module, heads, kv_heads, ulysses)
     if ulysses is None:
-        return attention(query, key, value, **rest).transpose(1, 2), None
+        return attention(query, key, value, prefix=prefix, **rest).transpose(1, 2), None
     out = known_output()
     if out is None:
-        out = attention(*ulysses.to_heads(query, key, value), **rest)
+        out = attention(*ulysses.to_heads(query, key, value), prefix=prefix, **rest)
     out = ulysses.to_rows(out, heads, kv_heads)
     return out.transpose(1, 2), None
+
+
+def _prefix(module: nn.Module, heads: int, kv_heads: int, ulysses: Ulysses | None) -> Prefix | None:
+    """The layer's prefix, of the KV heads that this rank attends with."""
+    keys, values = getattr(module, PREFIX_KEYS, None), getattr(module, PREFIX_VALUES, None)
+    if keys is None or values is None:
+        return None
+    if ulysses is None:
+        return Prefix(keys, values)
+    layout, group = head_layout(heads, kv_heads, ulysses.ranks), heads // kv_heads
+    mine = layout.kv[ulysses.rank]
+    index = layout.kv_index(ulysses.rank, group) or range(len(mine))
+    at = torch.tensor([mine.start + i for i in index], device=keys.device)
+    return Prefix(keys.index_select(0, at), values.index_select(0, at))
 
 
 def _unsupported(module: nn.Module, what: str) -> JobError:

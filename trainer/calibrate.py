@@ -59,7 +59,9 @@ def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
             config, dtype=DTYPES[request.precision], attn_implementation=attention.NAME
         )
         quantize(causal, request.base)
-        module, _ = prepare_model(causal, adapter=request.adapter, memory=request.memory, seed=0)
+        module, _ = prepare_model(
+            causal, adapter=request.adapter, memory=request.memory, seed=0, density=request.density
+        )
     ulysses = LoneRank(request.sp) if request.sp > 1 else None
     tiled = [m for m in module.modules() if getattr(m, "tiled_rows", None) is not None]
     loss_tile, mlp_tile = (

@@ -13,7 +13,16 @@ from pydantic import Field
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Schema
-from farspan.trainer.adapters.config import PEQA, Adapter, FullFineTune, LoRA, PaCA, Reversible
+from farspan.trainer.adapters.config import (
+    PEQA,
+    S2A,
+    Adapter,
+    FullFineTune,
+    LoRA,
+    PaCA,
+    Reversible,
+    UniPT,
+)
 from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
 from farspan.trainer.optimizers.config import COAT, LAMB, AdamW8bit, DCTAdamW, GaLore, Muon, Optim, Optimizer
 
@@ -35,6 +44,8 @@ __all__ = [
     "Optimizer",
     "PaCA",
     "Reversible",
+    "S2A",
+    "UniPT",
     "Unquantized",
 ]
 
@@ -137,6 +148,22 @@ class Parallel(Schema):
     """Keep optimizer states in host memory and update there (DeepSpeed CPU Adam; needs ZeRO >= 1)."""
 
 
+class DensityLoss(Schema):
+    """A penalty that makes MLP activations sparse, beside any adapter.
+
+    Added to the loss is weight * the sum over layers of mean(o^2 / (o^2 + eps)), o the activated gate of the MLP. It
+    pays where inference skips zeros. Source: Runwal et al., From PEFT to DEFT, 2024.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+    """0: no penalty."""
+    eps: float = Field(default=1e-7, gt=0)
+    """An activation of sqrt(eps) counts half. The larger, the further from zero the penalty still pulls."""
+    threshold: float = Field(default=1e-3, ge=0)
+    """`density` in `metrics.jsonl` is the share of activations that are larger; `density_loss` there is the penalty
+    before its weight."""
+
+
 class Checkpoint(Schema):
     """When a checkpoint is written and how many stay."""
 
@@ -188,6 +215,7 @@ class CalibrationRequest(Schema):
     base: Base = Unquantized()
     precision: Precision
     memory: Tiles
+    density: DensityLoss = DensityLoss()
     context: int
     sp: int = Field(ge=1)
     kinds: tuple[str, ...]
@@ -219,6 +247,7 @@ class TrainSpec(Schema):
     """Micro-batches (packs) per dp group in one optimizer step."""
     warmup_steps: int = Field(ge=0)
     optim: Optimizer
+    density: DensityLoss = DensityLoss()
     memory: Tiles
     placement: Placement | None = None
     """What each decoder layer stores and where; None: autograd's own way."""

@@ -8,6 +8,8 @@ adapter's are.
     full fine-tune    config.json, generation_config.json, safetensors (sharded with an index when large), tokenizer
     LoRA              adapter_config.json, adapter_model.safetensors (with modules_to_save), tokenizer
     PaCA              paca.json, paca.safetensors (indices and columns), tokenizer; merged, as a full fine-tune
+    S2A               s2a.json, s2a.safetensors (biases, side modules), a prompt in peft's files; biases merged, too
+    UniPT             unipt.json, unipt.safetensors (the network), tokenizer
     PEQA              peqa.json, peqa.safetensors (scales), tokenizer; merged, as a full fine-tune
     Reversible        one of these, with `reversible.json` and the adapters between the streams beside it
     LoRA, merged      as a full fine-tune: W + scale B A, each matrix computed in fp32 and rounded once. Needs the base
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
@@ -37,7 +39,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from farspan.errors import CheckpointError
-from farspan.trainer import export_check
+from farspan.trainer import export_check, export_s2a, export_unipt
 from farspan.trainer.adapters.lora.start import START_A, START_B, STARTED
 from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
@@ -51,6 +53,7 @@ from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
 from farspan.trainer.config import (
     PEQA,
+    S2A,
     Adapter,
     Base,
     FullFineTune,
@@ -60,11 +63,14 @@ from farspan.trainer.config import (
     PaCA,
     Precision,
     Reversible,
+    UniPT,
     Unquantized,
 )
 from farspan.trainer.models import DTYPES, add_adapter
 
 SHARD_SIZE = "5GB"
+Written: TypeAlias = tuple[dict[str, tuple[int, ...]], list[str]]
+"""Names and shapes on disk, and what was compared."""
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -144,13 +150,19 @@ def export_checkpoint(
     base = _base_folder(model, base_model_dir)
     stored = stored or Unquantized()
     streams, adapter = (adapter, adapter.inside) if isinstance(adapter, Reversible) else (None, adapter)
-    job = _Export(
+    job = ExportJob(
         StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed, stored, start
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
         if isinstance(adapter, FullFineTune):
             kind, written, compared = "full", *_export_full(job)
+        elif isinstance(adapter, UniPT):
+            kind, written, compared = "adapter", *export_unipt.export_network(job, adapter, merged=merged)
+        elif isinstance(adapter, S2A) and merged:
+            kind, written, compared = "merged", *_write_plain(job, export_s2a.merge_biases(job, adapter))
+        elif isinstance(adapter, S2A):
+            kind, written, compared = "adapter", *export_s2a.export_parts(job, adapter)
         elif isinstance(adapter, PEQA):
             export_scales = _export_merged_scales if merged else _export_scales
             kind, written, compared = "merged" if merged else "adapter", *export_scales(job, adapter)
@@ -181,7 +193,7 @@ def export_checkpoint(
 
 
 @dataclass(frozen=True)
-class _Export:
+class ExportJob:
     """What the three kinds of export share."""
 
     state: StateReader
@@ -236,7 +248,7 @@ class _Export:
             )
 
 
-def _export_full(job: _Export) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_full(job: ExportJob) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     skeleton = job.skeleton()
     trainable = dict(skeleton.named_parameters())
@@ -257,7 +269,7 @@ def _export_full(job: _Export) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     return written, export_check.check_model(job.out_dir, written, saved.keys(), value, dtype=job.dtype)
 
 
-def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_adapter(job: ExportJob, adapter: LoRA) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     from peft import get_peft_model_state_dict
 
@@ -290,7 +302,7 @@ def _export_adapter(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, .
     return written, export_check.check_adapter(job.out_dir, job.base, saved, dtype=job.dtype)
 
 
-def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_columns(job: ExportJob, adapter: PaCA) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     with torch.device("meta"):
         skeleton = job.skeleton()
@@ -316,7 +328,7 @@ def _export_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, .
     return written, export_check.check_columns(job.out_dir, job.base, tensors, dtype=job.dtype, stored=job.stored)
 
 
-def _export_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_scales(job: ExportJob, adapter: PEQA) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     with torch.device("meta"):
         skeleton = job.skeleton()
@@ -333,7 +345,7 @@ def _export_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ..
     return written, export_check.check_scales(job.out_dir, job.base, tensors, dtype=job.dtype)
 
 
-def _export_merged_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_merged_scales(job: ExportJob, adapter: PEQA) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     whole = job.whole()
     names = add_scales(whole, adapter)
@@ -345,7 +357,7 @@ def _export_merged_scales(job: _Export, adapter: PEQA) -> tuple[dict[str, tuple[
     return _write_plain(job, whole)
 
 
-def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_merged_columns(job: ExportJob, adapter: PaCA) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     whole = job.whole()
     names = add_columns(whole, adapter, seed=job.seed)
@@ -361,7 +373,7 @@ def _export_merged_columns(job: _Export, adapter: PaCA) -> tuple[dict[str, tuple
     return _write_plain(job, whole)
 
 
-def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, ...]]:
+def _export_streams(job: ExportJob, streams: Reversible) -> dict[str, tuple[int, ...]]:
     """What of a reversible model neither peft nor transformers has; returns names and shapes on disk."""
     weights: dict[str, Tensor] = {}
     for name, size in job.state.parameters().items():
@@ -375,7 +387,7 @@ def _export_streams(job: _Export, streams: Reversible) -> dict[str, tuple[int, .
     return {reversible.name_on_disk(name): tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def _difference(job: _Export, adapter: LoRA, live: dict[str, Tensor]) -> tuple[LoRA, dict[str, Tensor]]:
+def _difference(job: ExportJob, adapter: LoRA, live: dict[str, Tensor]) -> tuple[LoRA, dict[str, Tensor]]:
     """A plain LoRA of twice the rank: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
     if job.start is None or not job.start.exists():
         raise CheckpointError(
@@ -416,7 +428,7 @@ def _start_of(name: str) -> str:
     return f"{layer}.{START_A if last.startswith('A.') else START_B}"
 
 
-def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _export_merged(job: ExportJob, adapter: LoRA) -> Written:
     """Returns names and shapes on disk, and what was compared."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -444,7 +456,7 @@ def _export_merged(job: _Export, adapter: LoRA) -> tuple[dict[str, tuple[int, ..
     return _write_plain(job, merged)
 
 
-def _write_plain(job: _Export, model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _write_plain(job: ExportJob, model: PreTrainedModel) -> Written:
     """A whole model that everybody opens; returns names and shapes on disk, and what was compared."""
     saved = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
     _write_config(job, model)
@@ -502,7 +514,7 @@ class _SafetensorsFolder:
         )
 
 
-def _write_config(job: _Export, model: PreTrainedModel) -> None:
+def _write_config(job: ExportJob, model: PreTrainedModel) -> None:
     model.config.dtype = str(job.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(job.out_dir)

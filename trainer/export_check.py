@@ -147,6 +147,56 @@ def check_scales(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dt
     return [*done, "scales after they were loaded", "a finite forward"]
 
 
+def check_network(
+    out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, stored: Base
+) -> list[str]:
+    """Check a folder with a side network; see `check_model`."""
+    from farspan.trainer.adapters.unipt.apply import CHILD
+    from farspan.trainer.adapters.unipt.files import load
+    from farspan.trainer.bases.load import loading_options
+
+    with _Files(out_dir) as files:
+        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
+    done = [f"{len(tensors)} tensors bit for bit in the file"]
+    if not bool(tensors["up"].any()):
+        raise _off(out_dir, "the last matrix is zero, so the network adds nothing: it was not trained or not saved")
+    left_out = _too_large(_base_bytes(base))
+    if left_out is not None:
+        return [*done, f"forward: not run, {left_out}"]
+    options = loading_options(stored, base)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+    model: Any = load(out_dir, base=whole)
+    _check_values(out_dir, tensors, lambda name: model.get_parameter(f"{CHILD}.{name}"), tensors.__getitem__)
+    _check_forward(out_dir, model)
+    return [*done, "values after they were loaded", "a finite forward"]
+
+
+def check_parts(
+    out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, stored: Base
+) -> list[str]:
+    """Check a folder with S2A's parts; see `check_model`."""
+    from farspan.trainer.adapters.s2a.files import PROMPT, load
+    from farspan.trainer.bases.load import loading_options
+
+    with _Files(out_dir) as files:
+        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
+    done = [f"{len(tensors)} tensors bit for bit in the file"]
+    if not any(bool(tensor.any()) for tensor in tensors.values()):
+        raise _off(out_dir, "every bias and side module is zero, so the adapter changes nothing")
+    left_out = _too_large(_base_bytes(base))
+    if left_out is not None:
+        return [*done, f"forward: not run, {left_out}"]
+    options = loading_options(stored, base)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+    model: Any = load(out_dir, base=whole)
+    if PROMPT in tensors:
+        there = model.get_prompt_embedding_to_save("default")
+        _check_values(out_dir, [PROMPT], lambda _: there, tensors.__getitem__)
+        done.append("a prompt that peft has opened")
+    _check_forward(out_dir, model)
+    return [*done, "a finite forward"]
+
+
 def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
     """Open a reversible model again, compare its adapters, run it.
 

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from farspan.errors import JobError
 from farspan.memory.config import Tiles
 from farspan.memory.coupling import Coupling
+from farspan.memory.density import Density, add_density
 from farspan.memory.executor import Executor
 from farspan.memory.frame import reads_last
 from farspan.memory.operators import keep_less
@@ -33,12 +34,16 @@ from farspan.trainer.adapters.lora.start import STARTED, lora_layers, reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
 from farspan.trainer.adapters.reversible.apply import couple
+from farspan.trainer.adapters.s2a.apply import add_parts
 from farspan.trainer.adapters.targets import no_such_target
+from farspan.trainer.adapters.unipt.apply import add_side_network
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.load import loading_options, take_over
 from farspan.trainer.config import (
     PEQA,
+    S2A,
     Base,
+    DensityLoss,
     FullFineTune,
     LoRA,
     Model,
@@ -47,9 +52,10 @@ from farspan.trainer.config import (
     RandomModel,
     Reversible,
     TrainSpec,
+    UniPT,
     Unquantized,
 )
-from farspan.trainer.loss import LossHead
+from farspan.trainer.loss import IGNORED, LossHead
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.tiling import tile_mlp
 
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
     from farspan.memory.tiers import Store
 
 UNQUANTIZED = Unquantized()
+NO_DENSITY_LOSS = DensityLoss()
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -179,6 +186,8 @@ class CausalLMLoss(nn.Module):
     """Carries out the memory plan; None where autograd keeps everything."""
     coupling: Coupling | None = None
     """Reversible streams around the layers."""
+    density: Density | None = None
+    """A penalty on the density of MLP activations."""
 
     def __init__(self, model: nn.Module, causal: PreTrainedModel, *, loss_tile: int) -> None:
         super().__init__()
@@ -207,7 +216,8 @@ class CausalLMLoss(nn.Module):
         hidden = self.decoder(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **{attention.KEYWORD: sequence}
         ).last_hidden_state
-        return self.head(hidden.flatten(0, 1), labels.flatten())
+        loss: Tensor = self.head(hidden.flatten(0, 1), labels.flatten())
+        return loss if self.density is None else self.density.attach(loss, labels, IGNORED)
 
 
 def hollow_layers(causal: PreTrainedModel) -> bool:
@@ -265,6 +275,12 @@ def add_adapter(
     if isinstance(adapter, PEQA):
         add_scales(model, adapter)
         return model
+    if isinstance(adapter, UniPT):
+        add_side_network(model, adapter, seed=seed)
+        return model
+    if isinstance(adapter, S2A):
+        add_parts(model, adapter, seed=seed)
+        return model
     if isinstance(adapter, PaCA):
         add_columns(model, adapter, seed=seed)
         return model
@@ -311,10 +327,12 @@ def prepare_model(
     seed: int,
     placement: Placement | None = None,
     store: Store | None = None,
+    density: DensityLoss = NO_DENSITY_LOSS,
 ) -> tuple[CausalLMLoss, dict[str, nn.Parameter]]:
     """Apply everything a job asks for to a loaded model.
 
-    The order: adapters first, since they replace linear layers; then the operators that keep less, which call them;
+    The order: adapters first, since they replace linear layers; then a penalty on activations, which the operators
+    that keep less take over; these operators that keep less, which call them;
     then the MLP tiles, which wrap the layers as they are by then; then the executor, which rebuilds whole layers, tiles
     included; the loss head last, since an adapter may have swapped the projection it shares.
 
@@ -327,6 +345,9 @@ def prepare_model(
     """
     streams: list[Coupling] = []
     model = add_adapter(causal, adapter, seed=seed, streams=streams)
+    penalty = Density(density.weight, density.eps, density.threshold) if density.weight else None
+    if penalty is not None:
+        add_density(decoder_layers(causal), penalty)
     keep_less(
         decoder_layers(causal), memory.activations, hidden_act=getattr(causal.config, "hidden_act", None) or "silu"
     )
@@ -343,6 +364,7 @@ def prepare_model(
         )
     module = CausalLMLoss(model, causal, loss_tile=memory.loss_tile)
     module.executor, module.coupling = executor, streams[0] if streams else None
+    module.density = penalty
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     module.train()
     return module, trainable
@@ -378,6 +400,7 @@ def build(
             seed=spec.optim.seed,
             placement=spec.placement,
             store=store,
+            density=spec.density,
         )
 
 

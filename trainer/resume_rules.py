@@ -73,6 +73,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "optim.ns_steps": ("said", "the next steps are made orthogonal so far"),
     "optim.in_backward": ("free", "the same update at another moment"),
     "optim.clip_norm": ("said", "the next steps are clipped to it"),
+    "density": ("said", "the next steps are penalised by it"),
     "optim.seed": ("fixed", "order of the data and the adapter's first weights come from it"),
     "memory": ("free", "where activations live and in what tiles they are computed"),
     "placement": ("free", "where activations live"),

@@ -86,6 +86,9 @@ class Trainer:
         self._choose_attention(module)
         self._self_test(module)
         self._start_adapter(module)
+        self.density = module.density
+        if self.density is not None:
+            self.density.take(self.grid.device)  # of trials before the first step
         self.engine = make_engine(
             module,
             trainable,
@@ -172,6 +175,7 @@ class Trainer:
                 self.engine.backward(loss / max(trained, 1), last=micro + 1 == len(mine))
         with self.clock.part("reduce"):
             mean_loss = self._sum_over_ranks(total) / max(trained, 1)
+            more = self._density(trained)
         self._require_finite("loss", mean_loss, step, len(packs))
         with self.clock.part("optimizer"):
             norm = self.engine.step(lr=lr, clip_norm=spec.optim.clip_norm)
@@ -194,6 +198,7 @@ class Trainer:
             "trained_tokens": trained,
             "packing_efficiency": tokens / (len(packs) * spec.data.context),
             "epoch": self.stream.epoch_of(first),
+            **more,
         }
 
     def evaluate(self) -> float | None:
@@ -237,6 +242,16 @@ class Trainer:
         if self.grid.world_size > 1:
             dist.all_reduce(value)
         return float(value)
+
+    def _density(self, trained: int) -> dict[str, float]:
+        """Penalty and share of dense activations over the step, where the job has a penalty. Collective."""
+        if self.density is None:
+            return {}
+        totals = self.density.take(self.grid.device)
+        if self.grid.world_size > 1:
+            dist.all_reduce(totals)
+        penalty, dense, rows = totals.tolist()
+        return {"density": dense / max(rows, 1.0), "density_loss": penalty / max(trained, 1)}
 
     def _require_finite(self, what: str, value: float, step: int, packs: int) -> None:
         if math.isfinite(value):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from farspan.errors import JobError
+from farspan.memory.density import FIRST_ROW
 from farspan.memory.frame import HOLLOW, TILED_MLP, current, draws
 
 
@@ -47,6 +48,7 @@ class _TiledRows(torch.autograd.Function):
                     # DeepSpeed reduces a gradient the first time it arrives unless told that more is to come
                     p.ds_grad_is_ready = index + 1 == len(tiles)
                 leaf = x_tile.detach().requires_grad_(dx is not None)
+                setattr(ctx.mlp, FIRST_ROW, index * ctx.rows)
                 with torch.enable_grad():
                     y = ctx.call(leaf)
                 torch.autograd.backward(y, dy_tile)
@@ -54,6 +56,7 @@ class _TiledRows(torch.autograd.Function):
                     assert leaf.grad is not None
                     dx[:, index * ctx.rows : index * ctx.rows + x_tile.shape[1]] = leaf.grad
                 del y, leaf  # not beside those of the next tile
+        setattr(ctx.mlp, FIRST_ROW, 0)
         return dx, None, None, None, None
 
 

@@ -43,6 +43,7 @@ from farspan.trainer.config import (
     COAT,
     LAMB,
     PEQA,
+    S2A,
     AdamW8bit,
     Adapter,
     DCTAdamW,
@@ -54,6 +55,7 @@ from farspan.trainer.config import (
     Optimizer,
     PaCA,
     Reversible,
+    UniPT,
 )
 from farspan.trainer.engine_in_backward import InBackwardEngine
 from farspan.trainer.engine_plain import PlainEngine
@@ -130,6 +132,10 @@ METHODS = {
     "LoRA on nf4": Method(LORA, NF4()),
     "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=PACA_RATES),
     "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
+    "S2A, biases": Method(S2A(), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "S2A, biases, prompt of 8, side 32": Method(S2A(prompt=8, side=32), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "UniPT": Method(UniPT(reduction=4)),
+    "UniPT on nf4": Method(UniPT(reduction=4), NF4()),
     "PEQA, 4 bits": Method(PEQA(bits=4), rates=PEQA_RATES),
     "PEQA, 3 bits": Method(PEQA(bits=3), rates=PEQA_RATES),
 }

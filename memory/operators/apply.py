@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from farspan.errors import JobError
 from farspan.kernels.activation_codecs import LEAST_GROUP
+from farspan.memory.density import FIRST_ROW, Density, PenalisedActivation
 from farspan.memory.frame import DRAWS
 from farspan.memory.operators.error import SETTINGS
 from farspan.memory.operators.gated import GatedUnit
@@ -96,9 +97,13 @@ def _replace_mlp(module: nn.Module, settings: Settings, name: str, hidden_act: s
     some: Any = module
     inputs = some.down_proj.in_features
     _check_groups(inputs, settings, f"{name}.down_proj")
-    unit = GatedUnit(settings, ACTIVATIONS[hidden_act])
+    unit = GatedUnit(settings, ACTIVATIONS[hidden_act], _density(module))
     module.forward = partial(_mlp, module, unit)
     setattr(module, DRAWS, settings.draws)
+
+
+def _density(mlp: nn.Module) -> Density | None:
+    return next((part.density for part in mlp.children() if isinstance(part, PenalisedActivation)), None)
 
 
 def _mlp(mlp: Any, unit: GatedUnit, x: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def _mlp(mlp: Any, unit: GatedUnit, x: Tensor) -> Tensor:
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product = unit(gate, up, training=mlp.training)
+    product = unit(gate, up, training=mlp.training, first=getattr(mlp, FIRST_ROW, 0))
     del gate, up  # where codes stand for them nobody needs them any more
     return mlp.down_proj(product)
 

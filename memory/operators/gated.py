@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from farspan.kernels.activation_codecs.codes import Codec, Encoder, Plain, row_chunks
+from farspan.memory.density import Density
 from farspan.memory.operators.settings import Settings
 from farspan.memory.operators.stored import Stored, say_stored
 
@@ -32,10 +33,11 @@ class GatedUnit:
 
     Args:
         activation: `silu`, `gelu` or `gelu_tanh`.
+        density: a penalty on act(gate), if there is one; of codes, on what they stand for.
     """
 
-    def __init__(self, settings: Settings, activation: str) -> None:
-        self.settings, self.activation = settings, activation
+    def __init__(self, settings: Settings, activation: str, density: Density | None = None) -> None:
+        self.settings, self.activation, self.density = settings, activation, density
         self._approximate = "tanh" if activation == "gelu_tanh" else "none"
 
     def act(self, gate: Tensor) -> Tensor:
@@ -49,8 +51,8 @@ class GatedUnit:
             return _aten.silu_backward(d, gate)
         return _aten.gelu_backward(d, gate, approximate=self._approximate)
 
-    def __call__(self, gate: Tensor, up: Tensor, *, training: bool) -> Tensor:
-        """The product [..., F]; its `Stored` form says how to make it again."""
+    def __call__(self, gate: Tensor, up: Tensor, *, training: bool, first: int = 0) -> Tensor:
+        """The product [..., F]; its `Stored` form says how to make it again. `first`: see `memory.density`."""
         key = self.settings.key() if training else None
         gate_RF, up_RF = _rows(gate), _rows(up)
         product = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -67,7 +69,7 @@ class GatedUnit:
         if not recorded:
             return product
         parts = tuple(part for encoder in codes for part in encoder.parts) if codes else (gate, up)
-        out: Tensor = _Gated.apply(gate, up, product, self, codecs, *parts)
+        out: Tensor = _Gated.apply(gate, up, product, self, codecs, first, *parts)
         say_stored(out, Stored(parts, partial(_product, self, codecs, gate.dtype, gate.shape[-1])))
         return out
 
@@ -125,10 +127,17 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, product: Tensor, unit: GatedUnit, codecs: tuple[Codec, ...], *parts: Tensor
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        product: Tensor,
+        unit: GatedUnit,
+        codecs: tuple[Codec, ...],
+        first: int,
+        *parts: Tensor,
     ) -> Tensor:
         del gate, up
-        ctx.unit, ctx.codecs = unit, codecs
+        ctx.unit, ctx.codecs, ctx.first = unit, codecs, first
         ctx.save_for_backward(*parts)
         return product.view_as(product)
 
@@ -141,18 +150,32 @@ class _Gated(torch.autograd.Function):
         d_gate, d_up = (torch.empty(d.shape, dtype=d.dtype, device=d.device) for _ in range(2))
         into_gate, into_up = d_gate.view(d_RF.shape), d_up.view(d_RF.shape)
         for rows in row_chunks(d_RF):
-            _backward(unit, _decoded(ctx.codecs, kept, rows), d_RF[rows], into_gate[rows], into_up[rows])
+            first = ctx.first + rows.start
+            _backward(unit, _decoded(ctx.codecs, kept, rows), d_RF[rows], into_gate[rows], into_up[rows], first)
         return d_gate, d_up, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
-def _backward(unit: GatedUnit, values: list[Tensor], d: Tensor, into_gate: Tensor, into_up: Tensor) -> None:
+def _backward(unit: GatedUnit, values: list[Tensor], d: Tensor, into_gate: Tensor, into_up: Tensor, first: int) -> None:
     """Some rows; `values` are those of `_decoded`."""
     if len(values) == 3:
         derivative, act, up = values
-        into_gate.copy_(derivative.mul_(up).mul_(d))
+        if unit.density is not None:
+            into_gate.copy_(unit.density.gradient(act, first).add_(up.mul_(d)).mul_(derivative))
+        else:
+            into_gate.copy_(derivative.mul_(up).mul_(d))
         into_up.copy_(act.mul_(d))
         return
     gate, up = values
     d = d.to(gate.dtype)
+    if unit.density is not None:
+        act = unit.act(gate)
+        into_up.copy_(act * d)
+        act = unit.density.gradient(act, first).addcmul_(d.to(_wide(act)), up.to(_wide(act))).to(gate.dtype)
+        into_gate.copy_(unit.act_backward(act, gate))
+        return
     into_up.copy_(unit.act(gate) * d)
     into_gate.copy_(unit.act_backward(d * up, gate))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -11,12 +11,14 @@ from farspan.trainer.adapters.lora.config import LoRA
 from farspan.trainer.adapters.paca.config import PaCA
 from farspan.trainer.adapters.peqa.config import PEQA
 from farspan.trainer.adapters.reversible.config import Inside, Reversible
+from farspan.trainer.adapters.s2a.config import S2A
+from farspan.trainer.adapters.unipt.config import UniPT
 
-__all__ = ["Adapter", "FullFineTune", "Inside", "LoRA", "PEQA", "PaCA", "Reversible", "inner"]
+__all__ = ["Adapter", "FullFineTune", "Inside", "LoRA", "PEQA", "PaCA", "Reversible", "S2A", "UniPT", "inner"]
 
-Adapter = Annotated[LoRA | FullFineTune | PaCA | PEQA | Reversible, Field(discriminator="type")]
+Adapter = Annotated[LoRA | FullFineTune | PaCA | PEQA | Reversible | S2A | UniPT, Field(discriminator="type")]
 
 
-def inner(adapter: Adapter) -> Inside:
+def inner(adapter: Adapter) -> Inside | S2A | UniPT:
     """What trains inside the layers."""
     return adapter.inside if isinstance(adapter, Reversible) else adapter

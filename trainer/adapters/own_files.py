@@ -15,8 +15,13 @@ from farspan.errors import CheckpointError
 from farspan.trainer.bases.config import Base, Unquantized
 from farspan.trainer.bases.load import dequantize, loading_options, quantize, take_over
 
-Kind = Literal["paca", "peqa"]
-WHAT: dict[Kind, str] = {"paca": "trained columns", "peqa": "trained scales"}
+Kind = Literal["paca", "peqa", "s2a", "unipt"]
+WHAT: dict[Kind, str] = {
+    "paca": "trained columns",
+    "peqa": "trained scales",
+    "s2a": "trained parts",
+    "unipt": "trained network",
+}
 FORMAT = 1
 
 

@@ -82,6 +82,24 @@ class Ulysses:
             k, v = k.index_select(1, at), v.index_select(1, at)
         return q, k, v
 
+    def spread(self, x_HsD: Tensor, shared_sD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of H things -> all rows of this rank's share of them [h, S, D], and of one that all need [S, D].
+
+        Things are shared out as evenly as whole ones allow; a rank may have none.
+        """
+        layout, shared = self._shares(len(x_HsD)), shared_sD[None, None]
+        # both of the layout's partners of a query: the second is sent along for nothing
+        mine, whole, _ = _ToHeads.apply(x_HsD[None], shared, shared.detach(), layout, self)
+        return mine[0], whole[0, 0]
+
+    def gather(self, x_hSD: Tensor, count: int) -> Tensor:
+        """The way back: all rows of this rank's share of `count` things -> rows of all of them [H, s, D]."""
+        return _ToRows.apply(x_hSD[None], self._shares(count), self)[0]
+
+    def _shares(self, count: int) -> HeadLayout:
+        query = tuple(range(count * p // self.ranks, count * (p + 1) // self.ranks) for p in range(self.ranks))
+        return HeadLayout(query, (range(1),) * self.ranks)
+
     def exchange(self, send: Tensor, send_heads: list[int], recv_heads: list[int]) -> Tensor:
         """All-to-all of [sum(send_heads), ...] -> [sum(recv_heads), ...], split along dim 0."""
         recv = send.new_empty((sum(recv_heads), *send.shape[1:]))

@@ -1,0 +1,1 @@
+"""UniPT: a narrow network beside a frozen model, through which no gradient passes."""
