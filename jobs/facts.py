@@ -21,7 +21,19 @@ from farspan.errors import ClusterNotReady, JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.hardware import Hardware, hardware_names, load_hardware
 from farspan.memory.shape import LayerForm
-from farspan.trainer.config import PEQA, S2A, Adapter, FullFineTune, Model, PaCA, RandomModel, Reversible, UniPT
+from farspan.trainer.config import (
+    L4Q,
+    PEQA,
+    PV,
+    S2A,
+    Adapter,
+    FullFineTune,
+    Model,
+    PaCA,
+    RandomModel,
+    Reversible,
+    UniPT,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class ModelFacts:
 
     def trainable(self, adapter: Adapter) -> int:
         """About how many weights are trained."""
-        if isinstance(adapter, PEQA):
+        if isinstance(adapter, PEQA | PV):
             groups = 1 if adapter.group is None else self.hidden // adapter.group
             return self.layers * groups * sum(self.outputs().values())
         if isinstance(adapter, UniPT):
@@ -124,6 +136,10 @@ class ModelFacts:
             named = self.outputs() if adapter.target_modules == "all-linear" else adapter.target_modules
             biases = sum(self.outputs().get(name.split(".")[-1], 0) for name in named) if adapter.bias else 0
             return self.layers * (biases + 2 * adapter.prompt * self.kv_heads * self.head_dim + adapter.side**2)
+        if isinstance(adapter, L4Q):
+            groups = 1 if adapter.group is None else self.hidden // adapter.group
+            per_block = adapter.rank * sum(self.linears().values()) + 2 * groups * sum(self.outputs().values())
+            return self.layers * per_block
         if isinstance(adapter, Reversible):
             return self.trainable(adapter.inside) + 2 * self.layers * self.hidden * adapter.width
         if isinstance(adapter, FullFineTune):

@@ -9,7 +9,7 @@ from farspan.errors import JobError
 from farspan.jobs.config import SFTJob
 from farspan.memory.shape import OptimizerShape
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import LAMB, PEQA, DCTAdamW, FullFineTune, LoRA, Muon, PaCA
+from farspan.trainer.config import L4Q, LAMB, PEQA, PV, DCTAdamW, FullFineTune, LoRA, Muon, PaCA
 from farspan.trainer.optimizers.config import LowRank, Optimizer
 
 At = Callable[[str], str]
@@ -91,14 +91,21 @@ def check_optimizer(job: SFTJob, hidden: int, accumulation: int, at: At) -> None
             why="the first one's gradients would be used and gone before the second one's are there",
             try_="--set optim.tokens_per_step=auto, or --set optim.in_backward=false",
         )
-    if isinstance(optim, Muon | LowRank) and isinstance(inside, PEQA):
+    if optim.in_backward and isinstance(inside, PV):
+        raise JobError(
+            "PV-Tuning does not go with an optimizer in backward",
+            at=at("optim.in_backward"),
+            why="in a step that changes integers the scales rest, which is known when all gradients are there",
+            try_="--set optim.in_backward=false",
+        )
+    if isinstance(optim, Muon | LowRank) and isinstance(inside, PEQA | PV):
         raise JobError(
             f"{optim.type} has no matrices to step",
             at=at("optim.type"),
-            why="PEQA trains scales of rows",
+            why=f"{type(inside).__name__} trains scales of rows",
             try_="--set optim.type=adamw",
         )
-    narrow = inside.rank if isinstance(inside, LoRA | PaCA) else hidden
+    narrow = inside.rank if isinstance(inside, LoRA | PaCA | L4Q) else hidden
     if isinstance(optim, LowRank) and optim.rank >= narrow:
         what = "the model is" if isinstance(inside, FullFineTune) else "the adapter's matrices are"
         raise JobError(

@@ -27,7 +27,18 @@ from farspan.memory.profile import Source
 from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, StoredAs, Training
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import PEQA, S2A, LoRA, PaCA, Reversible, TrainSpec, UniPT, Unquantized
+from farspan.trainer.config import (
+    L4Q,
+    PEQA,
+    PV,
+    S2A,
+    LoRA,
+    PaCA,
+    Reversible,
+    TrainSpec,
+    UniPT,
+    Unquantized,
+)
 
 WHOLE_MODULES: tuple[Literal["lm_head", "embed_tokens"], ...] = ("lm_head", "embed_tokens")
 MLP_TILE = 2048
@@ -239,6 +250,17 @@ def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
         targets = inside.target_modules if inside.bias else ()
         named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
         adapter = AdapterShape(kind="biases", rank=1, targets=named, prompt=inside.prompt, side=inside.side)
+    if isinstance(inside, PV):
+        targets = inside.target_modules
+        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
+        adapter = AdapterShape(
+            kind="codes", rank=1, group=inside.group, share=inside.share, targets=named, precision="fp32"
+        )
+        stored = StoredAs(type="integers", bits=inside.bits, group=inside.group)
+    if isinstance(inside, L4Q):
+        targets = inside.target_modules
+        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
+        adapter = AdapterShape(kind="learned", rank=inside.rank, group=inside.group, targets=named, precision="fp32")
     if isinstance(inside, PaCA):
         targets = inside.target_modules
         named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)

@@ -19,10 +19,24 @@ from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.optimizers import check_optimizer, check_zero_0, only_zero_0
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
+from farspan.jobs.side_adapters import check_s2a, check_unipt
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import NF4, PEQA, S2A, FullFineTune, LoRA, Mesh, Reversible, TrainSpec, UniPT, Unquantized
+from farspan.trainer.config import (
+    L4Q,
+    NF4,
+    PEQA,
+    PV,
+    S2A,
+    FullFineTune,
+    LoRA,
+    Mesh,
+    Reversible,
+    TrainSpec,
+    UniPT,
+    Unquantized,
+)
 
 STARTED = ("pissa", "olora", "lora_ga")
 MIN_ROWS = 2048
@@ -366,8 +380,8 @@ class _Resolution:
         if world_size == 1:
             return (2, "CPU offload needs a ZeRO optimizer") if offload else (0, "one rank has nobody to share with")
         inside = inner(self.job.adapter)
-        if isinstance(inside, PEQA):
-            return 0, f"{sums}: scales of integers stay in fp32 where nothing is sharded"
+        if isinstance(inside, PEQA | L4Q | PV):
+            return 0, f"{sums}: scales and steps of integers stay in fp32 where nothing is sharded"
         if bits is not None or (isinstance(inside, LoRA) and inside.init in STARTED):
             what = "quantized weights" if bits is not None else "a start that is not zero"
             sharded = offload or state > memory // 10
@@ -404,9 +418,10 @@ class _Resolution:
                 try_="--set adapter.keep_rows=1, or --set parallel.zero=2",
             )
         if isinstance(adapter, S2A):
-            self._check_s2a(adapter)
+            check_s2a(self.job, self.facts, adapter, zero=self.zero, at=self._at)
         if isinstance(adapter, UniPT):
-            self._check_unipt(adapter)
+            check_unipt(self.job, self.facts, adapter, zero=self.zero, at=self._at)
+            self._decide("memory.plan", "keep", "layers of the frozen model store nothing")
         if not isinstance(adapter, Reversible):
             return self._with_alpha(adapter, "adapter")
         if self.job.memory.plan == "keep":
@@ -417,85 +432,6 @@ class _Resolution:
                 try_="--set memory.plan=solve, or another adapter",
             )
         return adapter.model_copy(update={"inside": self._with_alpha(adapter.inside, "adapter.inside")})
-
-    def _check_s2a(self, adapter: S2A) -> None:
-        if not (adapter.bias or adapter.prompt or adapter.side):
-            raise JobError(
-                "nothing would be trained",
-                at=self._at("adapter.bias"),
-                why="the job has neither biases nor a prompt nor side modules",
-                try_="--set adapter.bias=true, or --set adapter.prompt=16",
-            )
-        if (adapter.prompt or adapter.side) and self.zero == 3:
-            raise JobError(
-                "a prompt and side modules do not go with ZeRO-3",
-                at=self._at("parallel.zero"),
-                why="they are read outside of the linear layers whose weights it gathers",
-                try_="--set parallel.zero=2, or biases alone",
-            )
-        if adapter.side and self.facts.hidden % adapter.side:
-            raise JobError(
-                f"side modules of width {adapter.side} do not fit a hidden size of {self.facts.hidden}",
-                at=self._at("adapter.side"),
-                why=f"channels are pooled in even groups: {self.facts.hidden} / {adapter.side} = "
-                f"{self.facts.hidden / adapter.side:.4g}",
-                try_=f"--set adapter.side={math.gcd(adapter.side, self.facts.hidden)}",
-            )
-        rows = self.job.data.context + adapter.prompt
-        windows = [w for w in self.facts.windows if w is not None and w < rows]
-        if adapter.prompt and (windows or self.facts.linear_layers):
-            what = f"a window of {windows[0]} rows" if windows else "a recurrence"
-            raise JobError(
-                "a prompt needs layers that see the whole context",
-                at=self._at("adapter.prompt"),
-                why=f"{what} does not reach back over {self.job.data.context} + {adapter.prompt} rows; "
-                "peft would hide the prompt there",
-                try_="--set adapter.prompt=0, or a shorter data.context",
-            )
-
-    def _check_unipt(self, adapter: UniPT) -> None:
-        hidden, layers, memory = self.facts.hidden, self.facts.layers, self.job.memory
-        if hidden % adapter.reduction or layers < 2:
-            raise JobError(
-                f"a side network of 1/{adapter.reduction} does not fit the model",
-                at=self._at("adapter.reduction"),
-                why=f"hidden size {hidden} / {adapter.reduction} = {hidden / adapter.reduction:.4g}; of {layers} "
-                "layers the last is the anchor of the others",
-                try_=f"--set adapter.reduction={math.gcd(adapter.reduction, hidden)}, on two layers or more",
-            )
-        if self.zero == 3:
-            raise JobError(
-                "a side network does not go with ZeRO-3",
-                at=self._at("parallel.zero"),
-                why="it runs the frozen model a second time inside one node, where weights are not gathered again",
-                try_="--set parallel.zero=2, or --set base=nf4 for a model that is too large",
-            )
-        if self.facts.must_be_measured:
-            raise JobError(
-                "a side network is not planned for such a model",
-                at=self._at("adapter.type"),
-                why="its plan is counted, and layers with experts or a recurrence have to be measured",
-                try_="--set adapter.type=lora",
-            )
-        if self.job.density.weight:
-            raise JobError(
-                "a side network does not change the model's activations",
-                at=self._at("density.weight"),
-                why="no gradient passes through the frozen model, so that a penalty on them would do nothing",
-                try_="--set density.weight=0, or --set adapter.type=lora",
-            )
-        for path, given, allowed in (
-            ("memory.plan", memory.plan, ("solve", "keep")),
-            ("memory.profile", memory.profile, ("auto", "analytic")),
-        ):
-            if given not in allowed:
-                raise JobError(
-                    f"{path}={given} does not go with a side network",
-                    at=self._at(path),
-                    why="layers of the frozen model store nothing that a plan could place, and are counted",
-                    try_=f"--set {path}={allowed[0]}",
-                )
-        self._decide("memory.plan", "keep", "layers of the frozen model store nothing")
 
     def _check_density(self) -> None:
         if self.job.density.weight and self.facts.experts > 1:
@@ -509,7 +445,7 @@ class _Resolution:
     def _bits(self) -> float | None:
         """Of a weight of the linear layers; None: as the precision has it."""
         inside = inner(self.job.adapter)
-        if isinstance(inside, PEQA):
+        if isinstance(inside, PEQA | PV):
             return inside.bits
         if self.job.base.type == "int8":
             return 8.0
@@ -521,8 +457,8 @@ class _Resolution:
         if stored is not None and isinstance(base, Unquantized):
             base = NF4(double="double" in stored)
             self._decide("base.type", "nf4", "the checkpoint is quantized so")
-        if isinstance(inner(self.job.adapter), PEQA):
-            self._check_peqa(base)
+        if isinstance(inner(self.job.adapter), PEQA | L4Q | PV):
+            self._check_rounding(base, inner(self.job.adapter))
             return base
         if isinstance(base, Unquantized):
             return base
@@ -549,28 +485,52 @@ class _Resolution:
             )
         return base
 
-    def _check_peqa(self, base: Any) -> None:
+    def _check_rounding(self, base: Any, inside: Any) -> None:
+        """Of adapters that round the matrices themselves."""
+        what = type(inside).__name__
         if not isinstance(base, Unquantized):
             given = self.facts.stored_as is not None
             raise JobError(
-                f"PEQA does its own rounding, and the base is in {base.type} already",
+                f"{what} does its own rounding, and the base is in {base.type} already",
                 at=self._at("model" if given else "base"),
-                why="its scales belong to integers that are made from 16 bits",
+                why="its integers are made from 16 bits",
                 try_="give the checkpoint in 16 bits" if given else "--set base=bf16",
             )
-        if self.zero and self.job.precision == "bf16":
+        if isinstance(inside, PV):
+            self._check_codes()
+        if self.zero == 3 or (self.zero and self.job.precision == "bf16"):
             raise JobError(
-                f"PEQA does not go with ZeRO-{self.zero}",
+                f"{what} does not go with ZeRO-{self.zero}",
                 at=self._at("parallel.zero"),
-                why="DeepSpeed makes every trained weight bf16; scales of integers need fp32, and are few",
+                why="each rank rounds whole matrices, which ZeRO-3 cuts up"
+                if self.zero == 3
+                else "DeepSpeed makes every trained weight bf16; scales and steps of integers need fp32, and are few",
                 try_="--set parallel.zero=0",
             )
         if self.facts.experts > 1:
             raise JobError(
-                "PEQA does not round experts",
+                f"{what} does not round experts",
                 at=self._at("adapter.type"),
                 why="transformers holds the experts of a layer in one tensor, which is no linear layer",
                 try_="--set adapter.type=lora",
+            )
+
+    def _check_codes(self) -> None:
+        """Of trained integers."""
+        if self.zero:
+            raise JobError(
+                f"PV-Tuning does not go with ZeRO-{self.zero}",
+                at=self._at("parallel.zero"),
+                why="integers change where one gradient of a matrix is at hand; sharded engines cut it into buckets",
+                try_="--set parallel.zero=0",
+            )
+        tile, rows = self.job.memory.mlp_tile, -(-self.job.data.context // self.sp)
+        if tile != "off" and rows > tile:
+            raise JobError(
+                "PV-Tuning does not go with tiles of the MLP",
+                at=self._at("memory.mlp_tile"),
+                why=f"which integers change is chosen by the gradient of all {rows} rows, tiles have {tile} at a time",
+                try_="--set memory.mlp_tile=off",
             )
 
     def _with_alpha(self, adapter: Any, path: str) -> Any:

@@ -139,7 +139,7 @@ def _kind(
         keep_forward_peak=sizes.keep_forward_peak,
         rebuild_peak=_without(sizes.rebuild_peak, o_bytes),
         keep_backward_peak=sizes.keep_backward_peak,
-        gradient_bytes=stays * training.trained_in_layer(shape),
+        gradient_bytes=stays * training.trained_in_layer(shape) + training.proposed_in_layer(shape),
         on_host=on_host,
         saved=sizes.saved,
     )
@@ -153,7 +153,13 @@ def _more(amount: Amount, per_row: float, constant: float) -> Amount:
 
 
 def _whole_s(shape: ModelShape, training: Training, hardware: Hardware) -> float:
-    """Making a layer's quantized matrices whole, once: read, looked up in fp32, scaled, rounded."""
+    """Making a layer's quantized matrices whole, once: read, looked up in fp32, scaled, rounded; those of learned steps
+    are merged first."""
+    if training.adapter is not None and training.adapter.kind == "learned":
+        adapted = [(i, o) for name, (i, o) in shape.linears().items() if training.adapts(name)]
+        passes = training.width_bytes * 2 + 10 * FP32  # W0 read, merged, placed, clipped, rounded, made whole
+        low_rank_s = 2 * training.adapter.rank / hardware.matmul_flop_per_s["fp32"]
+        return sum(i * o for i, o in adapted) * (passes / hardware.memory_bytes_per_s + low_rank_s)
     if training.base is None:
         return 0.0
     count = sum(i * o for i, o in shape.linears().values())
@@ -229,6 +235,9 @@ def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> tu
         return 0.0, 0.0
     inside = training.model_copy(update={"coupling": None})
     once_s = 2 * inside.trained_in_layer(shape) / hardware.matmul_flop_per_s[training.adapter_precision]
+    if training.adapter.kind in ("learned", "codes"):
+        weights = sum(i * o for name, (i, o) in shape.linears().items() if training.adapts(name))
+        return 0.0, 2 * weights / hardware.matmul_flop_per_s[training.precision]
     if training.adapter.kind == "scales":
         weights = sum(i * o for name, (i, o) in shape.linears().items() if training.adapts(name))
         of_groups = 2 * weights / hardware.matmul_flop_per_s[training.precision]

@@ -6,9 +6,12 @@ gradients that meet at one tensor: in place where the first one owns its memory,
 
 from __future__ import annotations
 
+from farspan.kernels.quantized import CHUNK_ELEMENTS
 from farspan.memory import layer_operators
 from farspan.memory.layer_forward import FP32, HALF, MLP, LayerForward
 
+CODES_CHUNK, CODES_CHOSEN = 13, 64
+"""Bytes for each element of some rows, and for each of the largest gradients."""
 LEAST_ROW_HEADS = 1 << 16
 """Rows times query heads of a call of attention's backward on a GPU, at least."""
 
@@ -111,6 +114,12 @@ class LayerRun(LayerForward):
             self.adapted_backward(name, g, source, keep=keep)
             return
         adapter = self.training.adapter
+        if self.training.adapts(name) and adapter is not None and adapter.kind == "learned":
+            self.learned_backward(name, g, source, keep=keep)
+            return
+        if self.training.adapts(name) and adapter is not None and adapter.kind == "codes":
+            self.codes_backward(name, g, source, keep=keep)
+            return
         if self.training.adapts(name) and adapter is not None and adapter.kind == "scales":
             known = (name,) if adapter.group is None else self.kept_of(source)
             self.need(*known)
@@ -150,6 +159,40 @@ class LayerRun(LayerForward):
         self.arrive(source, dx, e * inputs, owns=False)
         if self.trains_base and self.lone_gradients:
             self.drop(f"d {name} weight")
+
+    def learned_backward(self, name: str, g: str, source: str, *, keep: bool) -> None:
+        """Of some rows: places, integers, what is clipped, and the matrix's gradient, made in the model's dtype."""
+        inputs, outputs = self.linears[name]
+        kept = self.kept_of(source)
+        self.need(*kept)
+        again = self.made_again(name, source, inputs)
+        rank = self.training.adapter.rank if self.training.adapter is not None else 0
+        gradients = FP32 * (rank * (inputs + outputs) + 2 * outputs * self.groups_of(name))
+        weight = self.learned(name, 3 * FP32 + 2, gradients)
+        self.drop(*again)
+        dx = self.make(f"d {name} in", self.e * inputs)
+        self.drop(weight, *[g] * (not keep))
+        self.used(*kept)
+        self.arrive(source, dx, self.e * inputs, owns=False)
+
+    def codes_backward(self, name: str, g: str, source: str, *, keep: bool) -> None:
+        """Of some rows the matrix's gradient beside its integers; the largest of all rows, found and merged."""
+        inputs, outputs = self.linears[name]
+        kept = self.kept_of(source)
+        self.need(*kept)
+        again = self.made_again(name, source, inputs)
+        count = inputs * outputs
+        chunk = min(count, CHUNK_ELEMENTS[self.device])
+        share = self.training.adapter.share if self.training.adapter is not None else 0.0
+        gradients = FP32 * outputs * self.groups_of(name)
+        beside = CODES_CHUNK * chunk + CODES_CHOSEN * int(share * count) + gradients
+        self.drop(self.make(f"{name} gradient, some rows", 0.0, constant=beside))
+        self.drop(*again)
+        whole = self.whole(name)
+        dx = self.make(f"d {name} in", self.e * inputs)
+        self.drop(*whole, *[g] * (not keep))
+        self.used(*kept)
+        self.arrive(source, dx, self.e * inputs, owns=False)
 
     def adapted_backward(self, name: str, g: str, source: str, *, keep: bool) -> None:
         """Base and adapter in one node."""

@@ -181,6 +181,9 @@ class LayerForward(Ledger):
             return name
         adapter = self.training.adapter
         assert adapter is not None
+        if adapter.kind in ("learned", "codes"):
+            self.keep_for_backward(f"{name} adapter", *self.kept_of(source))
+            return name
         if adapter.kind == "scales":
             self.keep_for_backward(f"{name} adapter", *((name,) if adapter.group is None else self.kept_of(source)))
             return name
@@ -224,7 +227,9 @@ class LayerForward(Ledger):
 
     def whole(self, name: str) -> list[str]:
         """A quantized layer's matrix, made for one use."""
-        base = self.training.base
+        base, adapter = self.training.base, self.training.adapter
+        if adapter is not None and adapter.kind == "learned" and self.training.adapts(name):
+            return [self.learned(name, FP32 * (1 + self.casts))]  # the sum, and W0 as fp32
         if base is None or (base.type == "integers" and not self.training.adapts(name)):
             return []
         inputs, outputs = self.linears[name]
@@ -238,6 +243,22 @@ class LayerForward(Ledger):
             beside += 2 * chunk + FP32 * inputs * outputs // 64
         self.drop(self.make(f"{name} chunk", 0.0, constant=beside))
         return [weight]
+
+    def learned(self, name: str, chunk_bytes: int, beside: int = 0) -> str:
+        """The matrix as it is rounded with learned steps; of some rows so many bytes an element beside it, and steps
+        and offsets."""
+        inputs, outputs = self.linears[name]
+        count = inputs * outputs
+        weight = self.make(f"{name} weight", 0.0, constant=self.e * count)
+        groups = outputs * self.groups_of(name)
+        beside += 2 * FP32 * groups + chunk_bytes * min(count, CHUNK_ELEMENTS[self.device])
+        self.drop(self.make(f"{name} chunk", 0.0, constant=beside))
+        return weight
+
+    def groups_of(self, name: str) -> int:
+        """Of a row."""
+        adapter = self.training.adapter
+        return 1 if adapter is None or adapter.group is None else self.linears[name][0] // adapter.group
 
     def adapted(self, name: str, source: str) -> str:
         """The adapter's part, added where the base's output is (`trainer.adapters.lora`)."""

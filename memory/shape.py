@@ -101,17 +101,20 @@ class ModelShape(Schema):
 
 class AdapterShape(Schema):
     """Low-rank adapters as peft builds them, columns trained in place (PaCA), scales of rows of integers (PEQA), biases
-    with a prompt and side modules (S2A), or a network beside a frozen model (UniPT)."""
+    with a prompt and side modules (S2A), a network beside a frozen model (UniPT), or adapters whose sum with the matrix
+    is rounded with learned steps (L4Q); `codes`: scales whose integers are trained too (PV)."""
 
-    kind: Literal["lora", "columns", "scales", "biases", "network"] = "lora"
+    kind: Literal["lora", "columns", "scales", "biases", "network", "learned", "codes"] = "lora"
     rank: int = Field(ge=1)
     """Of scales: groups of the narrowest row; of a network: its width."""
     group: int | None = None
-    """Elements that share a scale; None: a row."""
+    """Elements that share a scale, or a learned step; None: a row."""
     targets: tuple[str, ...] | None = None
     """Linear layers with an adapter, by the last part of their name; None: all of a decoder layer."""
     precision: Precision | None = None
     """Of the adapter's weights; None: the model's. (peft by itself makes them fp32 on a bf16 model.)"""
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Of a matrix's integers, those that may change in a step."""
     dropout: bool = False
     keep_rows: float = Field(default=1.0, gt=0, le=1)
     """Share of the input's rows that are stored."""
@@ -268,11 +271,14 @@ class Training(Schema):
         adapted = [(i, o) for name, (i, o) in shape.linears().items() if self.adapts(name)]
         if self.adapter.kind == "network":
             return (shape.hidden + 2) * self.adapter.rank
-        if self.adapter.kind == "scales":
+        if self.adapter.kind in ("scales", "codes"):
             return sum(o * (1 if self.adapter.group is None else i // self.adapter.group) for i, o in adapted) + beside
         if self.adapter.kind == "biases":
             parts = 2 * shape.kv_width * self.adapter.prompt + self.adapter.side**2
             return sum(o for _, o in adapted) + parts + beside
+        if self.adapter.kind == "learned":
+            group = self.adapter.group
+            beside += sum(2 * o * (1 if group is None else i // group) for i, o in adapted)
         inputs = 0 if self.adapter.kind == "columns" else sum(i for i, _ in adapted)
         beside += sum(o for _, o in adapted) * self.adapter.dora
         return self.adapter.rank * (inputs + sum(o for _, o in adapted)) + beside
@@ -307,6 +313,11 @@ class Training(Schema):
         for _ in range((embedding > 0) + (head > d)):
             add(shape.vocab, d, count=1, inside=False)
         return tuple(found)
+
+    def proposed_in_layer(self, shape: ModelShape) -> int:
+        """Bytes of new integers, and of their places, that wait for the optimizer step; at most."""
+        share = self.adapter.share if self.adapter is not None else 0.0
+        return sum(9 * int(share * i * o) for name, (i, o) in shape.linears().items() if self.adapts(name))
 
     def trained_outside(self, shape: ModelShape) -> tuple[int, int]:
         """Trained weights of the embedding, and of final norm and output projection; a tied matrix counts once."""

@@ -23,7 +23,7 @@ from farspan.trainer.bases.config import Base
 from farspan.trainer.bases.load import quantize
 from farspan.trainer.config import DensityLoss, FullFineTune, Mesh, Optim, RandomModel, Reversible
 from farspan.trainer.engine import make_engine
-from farspan.trainer.models import DTYPES, UNQUANTIZED, CausalLMLoss, add_adapter, random_config, zero3
+from farspan.trainer.models import DTYPES, UNQUANTIZED, CausalLMLoss, add_adapter, hollow_layers, random_config, zero3
 from farspan.trainer.parallel.mesh import RankGrid, form_groups
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.self_test import check_rebuilding
@@ -148,6 +148,35 @@ def engines_on_rank(rank: int, mesh: tuple[int, int], zeros: list[int], **case: 
     """Losses, gradients and weights of the same step by several engines."""
     grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
     return [_step(grid, "llama", "fp32", zero=zero, placement=None, lengths=[130, 170], **case) for zero in zeros]
+
+
+def codes_on_rank(rank: int, mesh: tuple[int, int], adapter: Adapter, zero: int = 0) -> dict[str, Tensor]:
+    """Four optimizer steps of two micro-batches, every layer rebuilt: losses, scales and integers afterwards."""
+    grid = form_groups(Mesh(dp=mesh[0], sp=mesh[1]), torch.device("cpu"))
+    made, (dp, sp) = Model(adapter=adapter), mesh
+    layers = (LayerPlan(x=Rows(device=300 // sp)),) * LAYERS
+    placement = Placement(rows=300 // sp, attention_rows=300, layers=layers)
+    Executor(made.layers, placement, None, hollow=hollow_layers(made.causal))
+    ulysses = Ulysses(grid.sp_group) if grid.sp_group is not None else None
+    optim = Optim(lr=1e-3, schedule="constant", warmup_steps=0)
+    engine = make_engine(made.loss, made.trainable(), optim, grid, zero=zero, precision="fp32")  # type: ignore[arg-type]
+    found = {}
+    for step in range(4):
+        for micro in range(2 // dp):
+            torch.manual_seed(10 * step + micro * dp + grid.dp_index)
+            ids, positions = tokens([130, 170])
+            mine = [x.chunk(sp, 1)[grid.sp_index] for x in (ids, ids.roll(-1, 1), positions)]
+            loss = engine.module(*mine, PackedSequence((130, 170), ulysses))
+            found[f"loss {step} {micro * dp + grid.dp_index}"] = loss.detach().clone()
+            engine.backward(loss / 600, last=micro + 1 == 2 // dp)
+        found[f"norm {step}"] = torch.tensor(engine.step(lr=1e-3, clip_norm=1.0))
+    for name, loss in found.items():
+        if sp > 1 and name.startswith("loss"):
+            dist.all_reduce(loss)
+    found |= {name: p.detach().clone() for name, p in made.trainable().items()}
+    found |= {f"{name} codes": b.clone() for name, b in made.model.named_buffers() if name.endswith(".packed")}
+    engine.close()
+    return found
 
 
 def coupled_on_rank(rank: int, cases: list[dict[str, Any]]) -> list[list[str]]:

@@ -6,12 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from executor_models import LAYERS, step_on_rank
+from executor_models import LAYERS, Model, codes_on_rank, step_on_rank
 from sp_ranks import on_ranks
 
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.trainer.bases.config import NF4, Int8
-from farspan.trainer.config import PEQA, S2A, DensityLoss, LoRA, PaCA, Reversible, UniPT
+from farspan.trainer.config import (
+    L4Q,
+    PEQA,
+    PV,
+    S2A,
+    DensityLoss,
+    LoRA,
+    PaCA,
+    Reversible,
+    UniPT,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -27,9 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     "UniPT on int8, inputs kept": {"adapter": UniPT(reduction=2, store="inputs"), "base": Int8()},
     "S2A on nf4": {"adapter": S2A(), "base": NF4()},
     "LoRA, density loss": {"adapter": LORA, "density": DensityLoss(weight=0.3, eps=1e-3)},
+    "L4Q": {"adapter": L4Q(rank=4, bits=4)},
+    "L4Q, groups": {"adapter": L4Q(rank=4, bits=3, group=16, start="lsq")},
     "LoRA on nf4": {"adapter": LORA, "base": NF4()},
     "PaCA on int8": {"adapter": PaCA(rank=4), "base": Int8()},
     "reversible 1": {"adapter": Reversible(wiring=1, bits=3, width=8, inside=LORA)},
+    "reversible 1, L4Q": {"adapter": Reversible(wiring=1, bits=3, inside=L4Q(rank=4))},
     "reversible 2": {"adapter": Reversible(wiring=2, bits=3, width=8, inside=PaCA(rank=4))},
     "reversible 3 on nf4": {"adapter": Reversible(wiring=3, bits=3, inside=LORA), "base": NF4()},
 }
@@ -57,3 +70,21 @@ def test_one_rank_and_two_agree() -> None:
             compared += 1
         assert compared > (2 * LAYERS if "UniPT" not in name else 7), name
     assert all(torch.isfinite(t).all() for run in alone for t in run.values())
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_integers_change_alike(group: int | None) -> None:
+    """Four steps of PV-Tuning, two of which choose integers: one rank against two of a sequence, which agree."""
+    adapter = PV(bits=3, group=group, share=0.05, trust=0.1)
+    (alone,) = on_ranks(codes_on_rank, 1, (1, 1), adapter)
+    one, two = on_ranks(codes_on_rank, 2, (1, 2), adapter)
+    untrained = {name: b for name, b in Model(adapter=adapter).model.named_buffers() if name.endswith(".packed")}
+    changed = 0
+    for name, want in alone.items():
+        assert torch.equal(one[name], two[name]), name
+        if name.endswith(" codes"):
+            assert torch.equal(one[name], want), name
+            changed += int((want != untrained[name.removesuffix(" codes")]).sum())
+        else:
+            torch.testing.assert_close(one[name], want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert changed > 100

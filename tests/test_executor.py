@@ -19,7 +19,14 @@ from farspan.memory import executor as executor_module
 from farspan.memory.executor import Executor
 from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.memory.tiers import Store
-from farspan.trainer.config import PEQA, S2A, FullFineTune, LoRA, PaCA
+from farspan.trainer.config import (
+    L4Q,
+    PEQA,
+    S2A,
+    FullFineTune,
+    LoRA,
+    PaCA,
+)
 from farspan.trainer.models import hollow_layers
 from farspan.trainer.tiling import tile_mlp
 
@@ -36,6 +43,7 @@ ADAPTERS = {
     "peqa": PEQA(bits=3),
     "s2a": S2A(prompt=3, side=8),
     "peqa, groups": PEQA(bits=4, group=16),
+    "l4q": L4Q(rank=4, bits=4, group=16),
 }
 _kept: dict[Any, dict[str, torch.Tensor]] = {}
 
@@ -291,6 +299,7 @@ CASES = [
         ("qwen3", "bf16", PEQA(bits=4), 0, [500, 400]),
         ("llama", "bf16", S2A(), 3, [500, 400]),
         ("qwen3", "bf16", S2A(prompt=4, side=8), 0, [500, 200, 200]),
+        ("llama", "bf16", L4Q(rank=4, bits=4), 0, [500, 400]),
     ]
 ] + [{"family": "llama", "precision": "bf16", "adapter": LoRA(rank=4), "mesh": (2, 1), "zero": 2, "lengths": [450]}]
 

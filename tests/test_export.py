@@ -20,16 +20,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export, export_check
+from farspan.trainer.adapters import integer_files
 from farspan.trainer.adapters.lora import start as lora_start
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca.apply import COLUMNS, add_columns
 from farspan.trainer.adapters.paca.files import load as load_columns
 from farspan.trainer.adapters.peqa.files import load as load_scales
+from farspan.trainer.adapters.pv.apply import coded_layers
+from farspan.trainer.adapters.pv.choose import Changes
+from farspan.trainer.adapters.pv.choose import change as write_codes
 from farspan.trainer.adapters.reversible.files import load as load_reversible
 from farspan.trainer.bases.config import Int8
 from farspan.trainer.bases.load import quantize
 from farspan.trainer.checkpoint import Checkpointer
-from farspan.trainer.config import PEQA, Adapter, FullFineTune, LoRA, Model, PaCA, Precision, RandomModel, Reversible
+from farspan.trainer.config import (
+    L4Q,
+    PEQA,
+    PV,
+    Adapter,
+    FullFineTune,
+    LoRA,
+    Model,
+    PaCA,
+    Precision,
+    RandomModel,
+    Reversible,
+)
 from farspan.trainer.engine import Fragment
 from farspan.trainer.export import ExportReport, export_checkpoint
 from farspan.trainer.export_process import ExportRequest, export_in_process
@@ -91,6 +107,11 @@ class Trained:
         with torch.no_grad():
             for name, master in masters.items():
                 self.live.get_parameter(name).copy_(master)
+        for index, layer in enumerate(coded_layers(self.live).values()):
+            drawn = torch.Generator().manual_seed(index)
+            places = torch.randperm(layer.in_features * layer.out_features, generator=drawn)[:50]
+            new = torch.randint(0, 2**layer.bits, (50,), generator=drawn, dtype=torch.uint8)
+            write_codes(layer.packed, layer.bits, Changes(places, new))  # type: ignore[arg-type]
         self.masters = masters
         checkpointer = Checkpointer(self.folder, spec(root, adapter=self.adapter, precision=precision))
         checkpointer.save(1, self.fragments(), {})
@@ -103,7 +124,7 @@ class Trained:
             Fragment(name, kind, tuple(master.shape), 0, master.flatten() * scale)
             for name, master in self.masters.items()
             for kind, scale in (("master", 1.0), ("exp_avg", 3.0), ("exp_avg_sq", 5.0))
-        ]
+        ] + codes_fragments(self.live)
 
     def export(self, out_dir: Path, **options: Any) -> ExportReport:
         return export_checkpoint(
@@ -120,6 +141,12 @@ class Trained:
 
     def logits(self) -> torch.Tensor:
         return _logits(self.live)
+
+
+def codes_fragments(model: Any) -> list[Fragment]:
+    """The integers of PV-Tuning as a checkpoint takes them."""
+    words = {name: layer.words() for name, layer in coded_layers(model).items()}
+    return [Fragment(f"{name}.codes", "codes", tuple(t.shape), 0, t) for name, t in words.items()]
 
 
 def _opened(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -247,6 +274,71 @@ def test_trained_scales_open_again(tmp_path: Path, group: int | None) -> None:
     (tmp_path / "other" / "peqa.json").write_text(text)
     with pytest.raises(CheckpointError, match="no trained scales for this model"):
         load_scales(tmp_path / "other", dtype=trained.dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("group", [None, 16])
+def test_integers_of_learned_steps_open_again(tmp_path: Path, group: int | None, precision: Precision) -> None:
+    """As integers on the base, and in plain weights for everybody: the logits of training, to the bit."""
+    trained = Trained(tmp_path / "run", adapter=L4Q(rank=2, bits=4, group=group), precision=precision)
+    want = trained.logits()
+    report = trained.export(tmp_path / "out")
+    assert {"l4q.json", "l4q.safetensors"} <= set(report.files) and "a finite forward" in report.compared
+    stored = load_file(tmp_path / "out" / "l4q.safetensors")
+    packed = [t for name, t in stored.items() if name.endswith(".packed")]
+    weights = sum(m.out_features * m.in_features for m in trained.live.modules() if hasattr(m, "original"))
+    assert len(packed) == 14 and sum(t.nbytes for t in packed) == weights // 2
+    opened = integer_files.load(tmp_path / "out", "l4q", attn_implementation="eager")
+    assert torch.equal(_logits(opened), want)
+    assert trained.export(tmp_path / "merged", merged=True).kind == "merged"
+    assert torch.equal(_logits(_opened(tmp_path / "merged", trained.dtype)), want)
+    assert not torch.equal(_logits(_opened(trained.folder.base_model, trained.dtype)), want)
+    other = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    )
+    with pytest.raises(CheckpointError, match="no matrices of integers for this model"):
+        integer_files.load(tmp_path / "out", "l4q", base=other)
+
+
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_trained_integers_are_saved_restored_and_opened(tmp_path: Path, bits: int, group: int | None) -> None:
+    """Through a checkpoint into a fresh model; as integers on the base; in plain weights: the same logits."""
+    adapter = PV(bits=bits, group=group)
+    trained = Trained(tmp_path / "run", adapter=adapter, precision="bf16")
+    want = trained.logits()
+    fresh: Any = add_adapter(_opened(trained.folder.base_model, trained.dtype), adapter, seed=0)
+    assert not torch.equal(_logits(fresh), want)
+    state = [
+        Fragment(name, kind, tuple(p.shape), 0, p.detach().view(-1) if kind == "master" else torch.empty(p.numel()))
+        for name, p in fresh.named_parameters()
+        if p.requires_grad
+        for kind in ("master", "exp_avg", "exp_avg_sq")
+    ]
+    Checkpointer(trained.folder, spec(tmp_path / "run", adapter=adapter, precision="bf16")).load(
+        trained.checkpoint, state + codes_fragments(fresh)
+    )
+    assert torch.equal(_logits(fresh), want)
+    report = trained.export(tmp_path / "out")
+    assert {"pv.json", "pv.safetensors"} <= set(report.files) and "a finite forward" in report.compared
+    opened = integer_files.load(tmp_path / "out", "pv", attn_implementation="eager")
+    assert torch.equal(_logits(opened), want)
+    assert trained.export(tmp_path / "merged", merged=True).kind == "merged"
+    assert torch.equal(_logits(_opened(tmp_path / "merged", trained.dtype)), want)
+
+
+def test_learned_steps_that_were_not_trained_are_refused(tmp_path: Path) -> None:
+    def undo(masters: dict[str, torch.Tensor]) -> None:
+        for name, value in live.named_parameters():
+            if value.requires_grad:
+                masters[name].copy_(value)
+
+    base = Trained(tmp_path / "first", adapter=FullFineTune())
+    live: Any = add_adapter(_opened(base.folder.base_model, torch.float32), L4Q(rank=2), seed=0)
+    trained = Trained(tmp_path / "run", adapter=L4Q(rank=2), change=undo)
+    with pytest.raises(CheckpointError) as caught:
+        trained.export(tmp_path / "out")
+    assert "was not trained" in caught.value.why
 
 
 def test_columns_that_are_the_base_are_refused(tmp_path: Path) -> None:
@@ -434,8 +526,8 @@ def test_merged_export_is_peft_merge_and_unload(tmp_path: Path, which: str) -> N
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "inside",
-    [LoRA(rank=4), FullFineTune(), PaCA(rank=4), PEQA(bits=4), LoRA(rank=2, dropout=0.1)],
-    ids=["lora", "full", "paca", "peqa", "merged"],
+    [LoRA(rank=4), FullFineTune(), PaCA(rank=4), PEQA(bits=4), L4Q(rank=2), LoRA(rank=2, dropout=0.1)],
+    ids=["lora", "full", "paca", "peqa", "l4q", "merged"],
 )
 def test_a_reversible_model_opens_again(
     tmp_path: Path, inside: Adapter, precision: Precision, request: pytest.FixtureRequest

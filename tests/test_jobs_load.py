@@ -218,7 +218,7 @@ BAD = [
     ("job.py", PYTHON, ["optim.lr.x=3"], "`optim.lr` has no parts", "--set optim.lr.x=3", "one value", "--set"),
     ("job.py", PYTHON, ["optim.steps=many"], "cannot be 'many'", "--set optim.steps=many", "a whole number", "100"),
     ("job.py", PYTHON, ["adapter.rank=8"], "type full, which has no `rank`", "--set adapter.rank=8",
-     "type lora and paca have it", "--set adapter.type=lora --set adapter.rank=8"),
+     "have it", "--set adapter.type=lora --set adapter.rank=8"),
     ("job.py", PYTHON, ["adapter=loar"], "`adapter` cannot be 'loar'", "--set adapter=loar", "lora, full", "=lora"),
     ("job.py", PYTHON, ["adapter.type=loar"], "no type 'loar'", "--set adapter.type=loar", "lora, full", ".type=lora"),
     ("job.py", PYTHON, ["model=random", "model.id=x"], "random, which has no `id`", "--set model.id=x", "pretrained",

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farspan import (
+    L4Q,
     NF4,
     PEQA,
+    PV,
     S2A,
     Cluster,
     DensityLoss,
@@ -158,6 +160,8 @@ LARGE = RandomModel(hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336)
         ),
         (make(model=LARGE, adapter=LoRA(), base=NF4()), 2, 0, "quantized weights goes no further"),
         (make(model=LARGE, adapter=PEQA()), 2, 0, "stay in fp32"),
+        (make(model=LARGE, adapter=PV()), 2, 0, "stay in fp32"),
+        (make(model=LARGE, adapter=L4Q(group=128)), 2, 0, "stay in fp32"),
         (make(model=LARGE, adapter=LoRA(init="pissa")), 2, 0, "a start that is not zero"),
     ],
 )
@@ -210,6 +214,18 @@ BAD = [
     (make(adapter=UniPT(), density=DensityLoss(weight=1)), "activations", "density", "no gradient", "weight=0"),
     (make(adapter=UniPT(), memory=MemoryBudget(plan="recompute")), "plan=recompute", "plan", "nothing", "plan=solve"),
     (make(adapter=UniPT(), memory=MemoryBudget(profile="measured")), "measured", "profile", "counted", "auto"),
+    (make(adapter=PV(), base=Int8()), "PV does its own rounding", "base", "16 bits", "--set base=bf16"),
+    (make(adapter=PV(), precision="fp32", parallel=Parallel(zero=1)), "go with ZeRO-1", "zero", "buckets", "zero=0"),
+    (make(adapter=PV(), memory=MemoryBudget(mlp_tile=64)), "tiles of the MLP", "mlp_tile", "64 at a time", "=off"),
+    (make(adapter=L4Q(), base=Int8()), "L4Q does its own rounding", "base", "16 bits", "--set base=bf16"),
+    (make(adapter=L4Q(), parallel=Parallel(zero=2)), "L4Q does not go with ZeRO-2", "zero", "fp32", "zero=0"),
+    (
+        make(adapter=L4Q(), precision="fp32", parallel=Parallel(zero=3)),
+        "L4Q does not go with ZeRO-3",
+        "zero",
+        "cuts up",
+        "zero=0",
+    ),
     (make(adapter=LoRA(init="olora"), parallel=Parallel(zero=3)), "starts at olora", "init", "frozen pair", "zero=2"),
     (make(adapter=LoRA(dora=True, init="pissa")), "DoRA does not start at pissa", "init", "lengths", "init=default"),
     (make(adapter=LoRA(keep_rows=0.5, dora=True)), "one node", "keep_rows", "peft's own", "keep_rows=1"),

@@ -36,14 +36,25 @@ from farspan.memory.saved import saved_on_host
 from farspan.memory.shape import AdapterShape, LayerForm, ModelShape, StoredAs, Training
 from farspan.memory.states import gradient_width, model_states, weights_of
 from farspan.memory.tiers import Store
+from farspan.trainer.adapters.l4q.apply import add_learned_steps
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install, keep_rows
 from farspan.trainer.adapters.lora.start import reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
+from farspan.trainer.adapters.pv.apply import add_codes, coded_layers
 from farspan.trainer.adapters.s2a.apply import add_parts
 from farspan.trainer.bases.load import quantize
-from farspan.trainer.config import NF4, PEQA, S2A, Int8, Optim, PaCA
+from farspan.trainer.config import (
+    L4Q,
+    NF4,
+    PEQA,
+    PV,
+    S2A,
+    Int8,
+    Optim,
+    PaCA,
+)
 from farspan.trainer.loss import LossHead
 from farspan.trainer.parallel.ulysses import head_layout
 from farspan.trainer.tiling import tile_mlp
@@ -57,6 +68,8 @@ UNIT = 512 * 2
 """Bytes of a row of x there; 8 KiB at the width of the 8B model."""
 LORA = AdapterShape(rank=8)
 SCALES = AdapterShape(kind="scales", rank=1, precision="fp32")
+CODES = AdapterShape(kind="codes", rank=1, precision="fp32", share=0.02)
+LEARNED = AdapterShape(kind="learned", rank=8, precision="fp32")
 COLUMNS = AdapterShape(kind="columns", rank=8)
 BIASES = AdapterShape(kind="biases", rank=1)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -158,6 +171,12 @@ def decoder_layer(
         add_parts(model, S2A(), seed=0)
     elif adapter is not None and adapter.kind == "scales":
         add_scales(model, PEQA(bits=4, group=adapter.group))
+    elif adapter is not None and adapter.kind == "codes":
+        add_codes(model, PV(bits=4, group=adapter.group, share=adapter.share))
+        for coded in coded_layers(model).values():
+            coded.trust = 0.05  # as in a step that chooses integers
+    elif adapter is not None and adapter.kind == "learned":
+        add_learned_steps(model, L4Q(rank=adapter.rank, bits=4, group=adapter.group), seed=0)
     elif adapter is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -215,6 +234,12 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("olmo2", "bf16", SCALES, 256, StoredAs(type="integers")),
         ("llama", "bf16", LORA, 256, StoredAs(type="nf4")),
         ("llama", "bf16", AdapterShape(rank=8, dropout=True), None, StoredAs(type="nf4", double=False)),
+        ("llama", "bf16", CODES, None, StoredAs(type="integers")),
+        ("qwen3", "fp32", CODES.model_copy(update={"group": 64}), None, StoredAs(type="integers", group=64)),
+        ("llama", "bf16", LEARNED, None, None),
+        ("qwen3", "fp32", LEARNED.model_copy(update={"group": 64}), 256, None),
+        ("olmo2", "bf16", LEARNED, None, None),
+        ("phi3", "fp32", LEARNED, None, None),
         ("olmo2", "bf16", None, None, None),
         ("phi3", "bf16", None, None, None),
     ],
@@ -275,7 +300,9 @@ def test_counts_equal_torch(
     )
     (kind,) = analytic_profile(shape, training, CPU).kinds
     keeps_x = precision == "fp32" and activations == "autograd"
-    keeps_x |= family == "olmo2" and (adapter is None or adapter.kind == "lora")  # its linear layers read x itself
+    keeps_x |= family == "olmo2" and (
+        adapter is None or adapter.kind in ("lora", "learned", "codes")
+    )  # its linear layers read x itself
     own_x = x.nbytes if keeps_x else 0
     assert kind.keep_bytes.at(rows) - own_x == sum(saved.values())
     # the workspace of the matmul library is not counted
@@ -319,6 +346,8 @@ def test_counts_equal_torch(
         ("llama", "bf16", AdapterShape(rank=8, keep_rows=0.25), None, StoredAs(type="nf4"), "fused"),
         ("llama", "bf16", SCALES, None, StoredAs(type="integers"), "fp8"),
         ("llama", "bf16", SCALES.model_copy(update={"group": 64}), None, StoredAs(type="integers", group=64), "int4"),
+        ("llama", "bf16", LEARNED, None, None, "int4"),
+        ("llama", "bf16", CODES, None, StoredAs(type="integers"), "fp8"),
     ],
 )
 def test_counts_of_operators_that_keep_less(

@@ -14,7 +14,9 @@ from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.schema import Count, Leading, Schema
 from farspan.trainer.adapters.config import (
+    L4Q,
     PEQA,
+    PV,
     S2A,
     Adapter,
     FullFineTune,
@@ -46,6 +48,8 @@ __all__ = [
     "Reversible",
     "S2A",
     "UniPT",
+    "L4Q",
+    "PV",
     "Unquantized",
 ]
 

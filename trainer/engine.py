@@ -97,9 +97,10 @@ def make_engine(
 
         return InBackwardEngine(module, trainable, optim, grid.device)
     if zero == 0:
+        from farspan.trainer.engine_codes import with_codes
         from farspan.trainer.engine_plain import PlainEngine
 
-        return PlainEngine(module, trainable, optim, grid.device)
+        return with_codes(PlainEngine(module, trainable, optim, grid.device), module, optim)
     assert isinstance(optim, Optim), f"{optim.type} at ZeRO {zero} is refused when a job is resolved"
     from farspan.trainer.engine_deepspeed import DeepSpeedEngine
     from farspan.trainer.tiling import gather_tiled_whole

@@ -11,6 +11,8 @@ adapter's are.
     S2A               s2a.json, s2a.safetensors (biases, side modules), a prompt in peft's files; biases merged, too
     UniPT             unipt.json, unipt.safetensors (the network), tokenizer
     PEQA              peqa.json, peqa.safetensors (scales), tokenizer; merged, as a full fine-tune
+    L4Q               l4q.json, l4q.safetensors (integers, steps, offsets), tokenizer; merged, as a full fine-tune
+    PV                pv.json, pv.safetensors (integers, scales), tokenizer; merged, as a full fine-tune
     Reversible        one of these, with `reversible.json` and the adapters between the streams beside it
     LoRA, merged      as a full fine-tune: W + scale B A, each matrix computed in fp32 and rounded once. Needs the base
                       model in host memory once, in its own dtype
@@ -40,11 +42,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export_check, export_s2a, export_unipt
+from farspan.trainer.adapters import integer_files
 from farspan.trainer.adapters.lora.start import START_A, START_B, STARTED
 from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
 from farspan.trainer.adapters.peqa import files as peqa
 from farspan.trainer.adapters.peqa.apply import SCALE, add_scales
+from farspan.trainer.adapters.pv.apply import coded_layers
 from farspan.trainer.adapters.reversible import files as reversible
 from farspan.trainer.adapters.reversible.files import is_bottleneck
 from farspan.trainer.bases.load import dequantize, loading_options, take_over
@@ -52,7 +56,9 @@ from farspan.trainer.checkpoint_format import MANIFEST
 from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
 from farspan.trainer.config import (
+    L4Q,
     PEQA,
+    PV,
     S2A,
     Adapter,
     Base,
@@ -66,20 +72,13 @@ from farspan.trainer.config import (
     UniPT,
     Unquantized,
 )
+from farspan.trainer.engine_codes import KIND as CODES
+from farspan.trainer.export_tokenizer import copy_tokenizer, tokenizer_folder
 from farspan.trainer.models import DTYPES, add_adapter
 
 SHARD_SIZE = "5GB"
 Written: TypeAlias = tuple[dict[str, tuple[int, ...]], list[str]]
 """Names and shapes on disk, and what was compared."""
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,8 @@ def export_checkpoint(
             kind, written, compared = "merged", *_write_plain(job, export_s2a.merge_biases(job, adapter))
         elif isinstance(adapter, S2A):
             kind, written, compared = "adapter", *export_s2a.export_parts(job, adapter)
+        elif isinstance(adapter, L4Q | PV):
+            kind, written, compared = "merged" if merged else "adapter", *_export_integers(job, adapter, merged=merged)
         elif isinstance(adapter, PEQA):
             export_scales = _export_merged_scales if merged else _export_scales
             kind, written, compared = "merged" if merged else "adapter", *export_scales(job, adapter)
@@ -175,7 +176,7 @@ def export_checkpoint(
             kind, written, compared = "adapter", *_export_adapter(job, adapter)
         if streams is not None:
             written, compared = {**written, **_export_streams(job, streams)}, [*compared, "streams: a finite forward"]
-        _copy_tokenizer(_tokenizer_folder(model, base, tokenizer_dir), out_dir)
+        copy_tokenizer(tokenizer_folder(model, base, tokenizer_dir), out_dir)
     except BaseException:
         shutil.rmtree(out_dir, ignore_errors=True)  # what was not compared must not be mistaken for an export
         raise
@@ -355,6 +356,35 @@ def _export_merged_scales(job: ExportJob, adapter: PEQA) -> Written:
         scale.data.copy_(job.state.tensor(f"{name}.{SCALE}", tuple(scale.shape)))
     dequantize(whole)
     return _write_plain(job, whole)
+
+
+def _export_integers(job: ExportJob, adapter: L4Q | PV, *, merged: bool) -> Written:
+    """Returns names and shapes on disk, and what was compared."""
+    whole = job.whole()
+    add_adapter(whole, adapter, seed=job.seed)
+    trainable = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+    job.require_parameters(trainable)
+    fresh = {name: p.detach().clone() for name, p in trainable.items() if not name.endswith("lora_A")}
+    for name, parameter in trainable.items():
+        parameter.data.copy_(job.state.tensor(name, tuple(parameter.shape)))
+    if all(torch.equal(trainable[name], first) for name, first in fresh.items()):
+        raise export_check.untrained(job.out_dir, "every scale is what training starts from")
+    for name, layer in coded_layers(whole).items():
+        words = layer.words()
+        words.copy_(job.state.tensor(f"{name}.{CODES}", tuple(words.shape), kind=CODES))
+    layers = integer_files.round_off(whole)
+    if merged:
+        dequantize(whole)
+        return _write_plain(job, whole)
+    tensors = integer_files.tensors_of(layers)
+    base, revision = job.base_in_words()
+    integer_files.save(
+        job.out_dir, adapter.type, adapter, base=base, revision=revision, dtype=job.dtype, tensors=tensors
+    )
+    written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not job.verify:
+        return written, ["nothing: not asked for"]
+    return written, export_check.check_integers(job.out_dir, job.base, adapter.type, tensors, dtype=job.dtype)
 
 
 def _export_merged_columns(job: ExportJob, adapter: PaCA) -> Written:
@@ -541,27 +571,6 @@ def _base_folder(model: ModelSource, base_model_dir: Path | None) -> Path:
         why=problem,
         try_="give the run's base_model folder, which is written when training starts",
     )
-
-
-def _tokenizer_folder(model: ModelSource, base: Path, tokenizer_dir: Path | None) -> Path:
-    if tokenizer_dir is not None:
-        return tokenizer_dir
-    if isinstance(model, Model) and model.tokenizer is not None:
-        given = Path(model.tokenizer)
-        return (
-            given if given.is_dir() else Path(snapshot_download(model.tokenizer, allow_patterns=list(_TOKENIZER_FILES)))
-        )
-    return base
-
-
-def _copy_tokenizer(source: Path, out_dir: Path) -> None:
-    """Copied, not loaded and saved: the files stay what the data was tokenised with, byte for byte."""
-    for pattern in _TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, out_dir / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, out_dir / path.name)
 
 
 def _adapter_readme(base: str, is_hub_id: bool) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from farspan.errors import CheckpointError
+from farspan.trainer.adapters.own_files import Kind
 from farspan.trainer.bases.config import Base
 from farspan.trainer.checkpoint_format import gib
 
@@ -197,6 +198,26 @@ def check_parts(
     return [*done, "a finite forward"]
 
 
+def check_integers(
+    out_dir: Path, base: Path, kind: Kind, tensors: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> list[str]:
+    """Check a folder with matrices of integers; see `check_model`. `tensors`: by their name on disk."""
+    from farspan.trainer.adapters.integer_files import load
+
+    with _Files(out_dir) as files:
+        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
+    done = [f"{len(tensors)} tensors bit for bit in the file"]
+    left_out = _too_large(_base_bytes(base))
+    if left_out is not None:
+        return [*done, f"forward: not run, {left_out}"]
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    model: Any = load(out_dir, kind, base=whole)
+    there = dict(model.named_buffers())
+    _check_values(out_dir, tensors, there.__getitem__, tensors.__getitem__)
+    _check_forward(out_dir, model)
+    return [*done, "integers after they were loaded", "a finite forward"]
+
+
 def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:
     """Open a reversible model again, compare its adapters, run it.
 
@@ -208,7 +229,7 @@ def check_streams(out_dir: Path, base: Path, weights: Mapping[str, Tensor], *, d
     if _too_large(_base_bytes(base)) is not None:
         return
     opened: Any = None
-    if any((out_dir / name).exists() for name in ("adapter_config.json", "paca.json", "peqa.json")):
+    if any((out_dir / name).exists() for name in ("adapter_config.json", "paca.json", "peqa.json", "l4q.json")):
         opened = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
     model: Any = load(out_dir, base=opened, dtype=dtype, **({} if opened else {"attn_implementation": "eager"}))
     there = {name_on_disk(name): p for name, p in model.named_parameters() if is_bottleneck(name)}
@@ -297,6 +318,10 @@ def _too_large(size_bytes: int) -> str | None:
     if size_bytes * 1.2 <= available_bytes:
         return None
     return f"it needs {gib(int(size_bytes * 1.2))} of host memory, {gib(available_bytes)} are free"
+
+
+def untrained(out_dir: Path, what: str) -> CheckpointError:
+    return _off(out_dir, f"{what}: the adapter was not trained, or not saved")
 
 
 def _off(out_dir: Path, problem: str) -> CheckpointError:

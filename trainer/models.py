@@ -28,11 +28,13 @@ from farspan.memory.operators import keep_less
 from farspan.memory.plan import Placement
 from farspan.trainer import attention
 from farspan.trainer.adapters.config import Adapter, inner
+from farspan.trainer.adapters.l4q.apply import add_learned_steps
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install, keep_rows
 from farspan.trainer.adapters.lora.start import STARTED, lora_layers, reserve
 from farspan.trainer.adapters.paca.apply import add_columns
 from farspan.trainer.adapters.peqa.apply import add_scales
+from farspan.trainer.adapters.pv.apply import add_codes
 from farspan.trainer.adapters.reversible.apply import couple
 from farspan.trainer.adapters.s2a.apply import add_parts
 from farspan.trainer.adapters.targets import no_such_target
@@ -40,7 +42,9 @@ from farspan.trainer.adapters.unipt.apply import add_side_network
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.load import loading_options, take_over
 from farspan.trainer.config import (
+    L4Q,
     PEQA,
+    PV,
     S2A,
     Base,
     DensityLoss,
@@ -280,6 +284,12 @@ def add_adapter(
         return model
     if isinstance(adapter, S2A):
         add_parts(model, adapter, seed=seed)
+        return model
+    if isinstance(adapter, PV):
+        add_codes(model, adapter)
+        return model
+    if isinstance(adapter, L4Q):
+        add_learned_steps(model, adapter, seed=seed)
         return model
     if isinstance(adapter, PaCA):
         add_columns(model, adapter, seed=seed)

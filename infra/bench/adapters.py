@@ -41,8 +41,10 @@ from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
 from farspan.trainer.config import (
     COAT,
+    L4Q,
     LAMB,
     PEQA,
+    PV,
     S2A,
     AdamW8bit,
     Adapter,
@@ -57,6 +59,7 @@ from farspan.trainer.config import (
     Reversible,
     UniPT,
 )
+from farspan.trainer.engine_codes import with_codes
 from farspan.trainer.engine_in_backward import InBackwardEngine
 from farspan.trainer.engine_plain import PlainEngine
 from farspan.trainer.models import load_model, prepare_model
@@ -138,6 +141,10 @@ METHODS = {
     "UniPT on nf4": Method(UniPT(reduction=4), NF4()),
     "PEQA, 4 bits": Method(PEQA(bits=4), rates=PEQA_RATES),
     "PEQA, 3 bits": Method(PEQA(bits=3), rates=PEQA_RATES),
+    "PV-Tuning, 4 bits": Method(PV(bits=4), rates=PEQA_RATES),
+    "PV-Tuning, 3 bits": Method(PV(bits=3), rates=PEQA_RATES),
+    "L4Q, 4 bits": Method(L4Q(rank=8, bits=4)),
+    "L4Q, 3 bits": Method(L4Q(rank=8, bits=3)),
 }
 
 
@@ -184,7 +191,8 @@ class Run:
         self.weight_bytes = sum(t.nbytes for t in (*causal.parameters(), *causal.buffers()))
         self.optim = method.optim.model_copy(update={"lr": lr, "steps": steps, "beta2": 0.95})
         engine = InBackwardEngine if self.optim.in_backward else PlainEngine
-        self.engine = engine(self.module, trainable, self.optim, "cpu")
+        self.plain = engine(self.module, trainable, self.optim, "cpu")
+        self.engine = with_codes(self.plain, self.module, self.optim)
         self.draw = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
 
@@ -218,9 +226,9 @@ class Run:
 
     def state_bytes(self) -> int:
         """Masters, moments and the buffer that gradients are added up in."""
-        states = {f.tensor.data_ptr(): f.tensor.nbytes for f in self.engine.fragments()}
+        states = {f.tensor.data_ptr(): f.tensor.nbytes for f in self.plain.fragments()}
         weights = {p.data_ptr() for p in self.module.parameters()}
-        flat = self.engine._flat
+        flat = self.plain._flat
         return sum(size for at, size in states.items() if at not in weights) + (flat.nbytes if flat is not None else 0)
 
 

@@ -15,10 +15,12 @@ from farspan.errors import CheckpointError
 from farspan.trainer.bases.config import Base, Unquantized
 from farspan.trainer.bases.load import dequantize, loading_options, quantize, take_over
 
-Kind = Literal["paca", "peqa", "s2a", "unipt"]
+Kind = Literal["paca", "peqa", "l4q", "pv", "s2a", "unipt"]
 WHAT: dict[Kind, str] = {
     "paca": "trained columns",
     "peqa": "trained scales",
+    "l4q": "matrices of integers",
+    "pv": "matrices of integers",
     "s2a": "trained parts",
     "unipt": "trained network",
 }

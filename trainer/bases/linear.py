@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farspan.kernels.quantized.integers import quantize_int8, whole_int8
+from farspan.kernels.quantized import chunk
+from farspan.kernels.quantized.integers import pack, quantize_int8, unpack, whole_int8
 from farspan.kernels.quantized.normal_float import NormalFloat4, quantize_nf4
 from farspan.trainer.bases.config import NF4, Base, Int8
 
@@ -105,6 +106,55 @@ class Int8Linear(QuantizedLinear):
 
     def whole(self) -> Tensor:
         return whole_int8(self.integers, self.scale, self.dtype)  # type: ignore[arg-type]
+
+
+class IntegerLinear(QuantizedLinear):
+    """Integers of a few bits: W = s (I - z) + o, with s, z and o for each group of a row's elements.
+
+    Args:
+        packed: uint8 [N, C * bits / 8], of `pack`.
+        scale, offset: fp32 [N, groups]; offset None: 0.
+        zero: uint8 [N, groups].
+    """
+
+    def __init__(
+        self,
+        packed: Tensor,
+        bits: int,
+        scale: Tensor,
+        zero: Tensor,
+        offset: Tensor | None,
+        *,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(packed.shape[1] * 8 // bits, packed.shape[0], bias, dtype)
+        self.bits = bits
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("offset", offset)
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, bits: int, *groups: Any, **rest: Any) -> IntegerLinear:
+        """Of integers uint8 [N, C] that are not packed."""
+        return cls(pack(codes, bits), bits, *groups, **rest)
+
+    def whole(self) -> Tensor:
+        packed: Any = self.packed
+        scale: Any = self.scale
+        zero: Any = self.zero
+        offset: Any = self.offset
+        out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=packed.device)
+        step = max(1, chunk(out) // self.in_features)
+        for first in range(0, self.out_features, step):
+            rows = slice(first, first + step)
+            integers = unpack(packed[rows], self.bits).view(-1, zero.shape[1], self.in_features // zero.shape[1])
+            values = (integers.to(scale.dtype) - zero[rows, :, None]).mul_(scale[rows, :, None])
+            if offset is not None:
+                values.add_(offset[rows, :, None])
+            out[rows] = values.view(-1, self.in_features)
+        return out
 
 
 def quantized(weight: Tensor, base: Base, bias: nn.Parameter | None) -> QuantizedLinear:

@@ -126,14 +126,23 @@ def add_scales(model: nn.Module, adapter: PEQA) -> list[str]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in targets.items():
-        group = adapter.group or 8
-        if layer.in_features % group or layer.in_features % 8:
-            raise JobError(
-                f"rows of {layer.in_features} elements do not split into groups of {group}",
-                at="adapter.group",
-                why=f"{name} has {layer.in_features} inputs; 8 elements are packed into whole bytes",
-                try_="--set adapter.group=null, or a divisor",
-            )
+        require_split(name, layer, adapter.group)
         made = PeqaLinear(layer, adapter.bits, adapter.group)
         model.set_submodule(name, made)
     return list(targets)
+
+
+def require_split(name: str, layer: nn.Linear, group: int | None) -> None:
+    """Refuse a layer whose rows do not split into groups and bytes.
+
+    Raises:
+        JobError: they do not.
+    """
+    group = group or 8
+    if layer.in_features % group or layer.in_features % 8:
+        raise JobError(
+            f"rows of {layer.in_features} elements do not split into groups of {group}",
+            at="adapter.group",
+            why=f"{name} has {layer.in_features} inputs; 8 elements are packed into whole bytes",
+            try_="--set adapter.group=null, or a divisor",
+        )

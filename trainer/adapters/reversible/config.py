@@ -8,11 +8,12 @@ from pydantic import Field
 
 from farspan.schema import Schema
 from farspan.trainer.adapters.full import FullFineTune
+from farspan.trainer.adapters.l4q.config import L4Q
 from farspan.trainer.adapters.lora.config import LoRA
 from farspan.trainer.adapters.paca.config import PaCA
 from farspan.trainer.adapters.peqa.config import PEQA
 
-Inside = Annotated[LoRA | FullFineTune | PaCA | PEQA, Field(discriminator="type")]
+Inside = Annotated[LoRA | FullFineTune | PaCA | PEQA | L4Q, Field(discriminator="type")]
 
 
 class Reversible(Schema):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from farspan.errors import CheckpointError
-from farspan.trainer.adapters import own_files
+from farspan.trainer.adapters import integer_files, own_files
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora.apply import install
 from farspan.trainer.adapters.paca import files as paca
@@ -92,6 +92,8 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
         causal = model = paca.load(folder, base=base, dtype=dtype, **options)
     elif own_files.config_of(folder, "peqa").exists():
         causal = model = peqa.load(folder, base=base, dtype=dtype, **options)
+    elif own_files.config_of(folder, "l4q").exists():
+        causal = model = integer_files.load(folder, "l4q", base=base, dtype=dtype, **options)
     elif (folder / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 

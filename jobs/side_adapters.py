@@ -1,0 +1,101 @@
+"""What S2A's parts and UniPT's network do not go with."""
+
+from __future__ import annotations
+
+import math
+
+from farspan.errors import JobError
+from farspan.jobs.config import SFTJob
+from farspan.jobs.facts import ModelFacts
+from farspan.jobs.optimizers import At
+from farspan.trainer.config import S2A, UniPT
+
+
+def check_s2a(job: SFTJob, facts: ModelFacts, adapter: S2A, *, zero: int, at: At) -> None:
+    """Refuse parts that are none, or that do not fit the model or the engine.
+
+    Raises:
+        JobError: so it is.
+    """
+    if not (adapter.bias or adapter.prompt or adapter.side):
+        raise JobError(
+            "nothing would be trained",
+            at=at("adapter.bias"),
+            why="the job has neither biases nor a prompt nor side modules",
+            try_="--set adapter.bias=true, or --set adapter.prompt=16",
+        )
+    if (adapter.prompt or adapter.side) and zero == 3:
+        raise JobError(
+            "a prompt and side modules do not go with ZeRO-3",
+            at=at("parallel.zero"),
+            why="they are read outside of the linear layers whose weights it gathers",
+            try_="--set parallel.zero=2, or biases alone",
+        )
+    if adapter.side and facts.hidden % adapter.side:
+        raise JobError(
+            f"side modules of width {adapter.side} do not fit a hidden size of {facts.hidden}",
+            at=at("adapter.side"),
+            why=f"channels are pooled in even groups: {facts.hidden} / {adapter.side} = "
+            f"{facts.hidden / adapter.side:.4g}",
+            try_=f"--set adapter.side={math.gcd(adapter.side, facts.hidden)}",
+        )
+    rows = job.data.context + adapter.prompt
+    windows = [w for w in facts.windows if w is not None and w < rows]
+    if adapter.prompt and (windows or facts.linear_layers):
+        what = f"a window of {windows[0]} rows" if windows else "a recurrence"
+        raise JobError(
+            "a prompt needs layers that see the whole context",
+            at=at("adapter.prompt"),
+            why=f"{what} does not reach back over {job.data.context} + {adapter.prompt} rows; "
+            "peft would hide the prompt there",
+            try_="--set adapter.prompt=0, or a shorter data.context",
+        )
+
+
+def check_unipt(job: SFTJob, facts: ModelFacts, adapter: UniPT, *, zero: int, at: At) -> None:
+    """Refuse a network that does not fit the model, the engine or the plan.
+
+    Raises:
+        JobError: so it is.
+    """
+    hidden, layers, memory = facts.hidden, facts.layers, job.memory
+    if hidden % adapter.reduction or layers < 2:
+        raise JobError(
+            f"a side network of 1/{adapter.reduction} does not fit the model",
+            at=at("adapter.reduction"),
+            why=f"hidden size {hidden} / {adapter.reduction} = {hidden / adapter.reduction:.4g}; of {layers} "
+            "layers the last is the anchor of the others",
+            try_=f"--set adapter.reduction={math.gcd(adapter.reduction, hidden)}, on two layers or more",
+        )
+    if zero == 3:
+        raise JobError(
+            "a side network does not go with ZeRO-3",
+            at=at("parallel.zero"),
+            why="it runs the frozen model a second time inside one node, where weights are not gathered again",
+            try_="--set parallel.zero=2, or --set base=nf4 for a model that is too large",
+        )
+    if facts.must_be_measured:
+        raise JobError(
+            "a side network is not planned for such a model",
+            at=at("adapter.type"),
+            why="its plan is counted, and layers with experts or a recurrence have to be measured",
+            try_="--set adapter.type=lora",
+        )
+    if job.density.weight:
+        raise JobError(
+            "a side network does not change the model's activations",
+            at=at("density.weight"),
+            why="no gradient passes through the frozen model, so that a penalty on them would do nothing",
+            try_="--set density.weight=0, or --set adapter.type=lora",
+        )
+    for path, given, allowed in (
+        ("memory.plan", memory.plan, ("solve", "keep")),
+        ("memory.profile", memory.profile, ("auto", "analytic")),
+    ):
+        if given not in allowed:
+            raise JobError(
+                f"{path}={given} does not go with a side network",
+                at=at(path),
+                why="layers of the frozen model store nothing that a plan could place, and are counted",
+                try_=f"--set {path}={allowed[0]}",
+            )

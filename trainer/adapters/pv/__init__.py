@@ -1,0 +1,1 @@
+"""PV-Tuning: integers and scales, trained in turn."""
