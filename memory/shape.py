@@ -294,12 +294,17 @@ class Training(Schema):
         for name, (inputs, outputs) in shape.linears().items():
             if self.adapter is None:
                 add(outputs, inputs)
-            elif self.adapts(name) and self.adapter.kind == "scales":
+            elif self.adapts(name) and self.adapter.kind == "biases":
+                add(outputs)
+            elif self.adapts(name) and self.adapter.kind in ("scales", "codes"):
                 add(outputs, 1 if self.adapter.group is None else inputs // self.adapter.group)
             elif self.adapts(name):
-                if self.adapter.kind == "lora":
+                if self.adapter.kind in ("lora", "learned"):
                     add(self.adapter.rank, inputs)
                 add(outputs, self.adapter.rank)
+                if self.adapter.kind == "learned":
+                    groups = 1 if self.adapter.group is None else inputs // self.adapter.group
+                    add(outputs * groups, count=2 * layers)
                 if self.adapter.dora:
                     add(outputs)
         if self.adapter is None:
@@ -309,6 +314,19 @@ class Training(Schema):
         if self.coupling is not None and self.coupling.width:
             add(self.coupling.width, d)
             add(d, self.coupling.width)
+        if self.adapter is not None and self.adapter.kind == "biases":
+            if self.adapter.prompt:
+                add(self.adapter.prompt, shape.kv_width, count=2 * layers)
+            if self.adapter.side:
+                add(self.adapter.side, self.adapter.side)
+        if self.adapter is not None and self.adapter.kind == "network":
+            width = self.adapter.rank
+            add(width, d)
+            add(width, count=2 * layers)
+            add(d, width, count=1)
+            add(width, width, count=1)
+            add(width, count=1)
+            return tuple(found)
         embedding, head = self.trained_outside(shape)
         for _ in range((embedding > 0) + (head > d)):
             add(shape.vocab, d, count=1, inside=False)

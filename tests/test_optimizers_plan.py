@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,23 @@ def test_a_weight_is_updated_after_its_last_use(name: str) -> None:
         engine.close()
     assert not differing(*found)
     assert all(bool(tensor.any()) for key, tensor in found[0].items() if key.endswith("exp_avg_sq"))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        None,
+        AdapterShape(rank=8),
+        AdapterShape(rank=8, dora=True),
+        AdapterShape(kind="columns", rank=8),
+        AdapterShape(kind="scales", rank=1, group=64),
+        AdapterShape(kind="codes", rank=1),
+        AdapterShape(kind="learned", rank=8, group=64),
+        AdapterShape(kind="biases", rank=1, prompt=4, side=16),
+        AdapterShape(kind="network", rank=32, targets=()),
+    ],
+)
+def test_tensors_are_all_that_is_trained(adapter: AdapterShape | None) -> None:
+    training = Training(adapter=adapter)
+    tensors = training.tensors(LLAMA)
+    assert sum(math.prod(t.shape) * t.count for t in tensors) == training.trained(LLAMA)
