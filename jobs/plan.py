@@ -278,7 +278,14 @@ def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
         )
     if isinstance(train.adapter, Reversible):
         given = train.adapter
-        coupling = CouplingShape(wiring=given.wiring, bits=given.bits, width=given.width, store=given.store)
+        coupling = CouplingShape(
+            wiring=given.wiring,
+            bits=given.bits,
+            form=given.form,
+            anchor_every=given.anchors_planned(train.precision),
+            width=given.width,
+            store=given.store,
+        )
     tile, rows = train.memory.mlp_tile, -(-train.data.context // train.mesh.sp)
     return Training(
         precision=train.precision,

@@ -155,7 +155,8 @@ def kept_line(planned: Planned) -> str | None:
         parts.append(f"others {whole - sum(shown.values()):.2g}")
     line = f"autograd keeps {whole:.1f} KiB a token and layer: {', '.join(parts)}"
     if kind.side_bytes is not None:
-        side, x = (size_bytes / planned.problem.rows / 1024 for size_bytes in (kind.side_bytes, kind.x_bytes))
+        stored = sum(planned.problem.kind(layer).stored_x_bytes for layer in range(len(names))) / len(names)
+        side, x = (size_bytes / planned.problem.rows / 1024 for size_bytes in (stored, kind.x_bytes))
         line += f"; of a reversible layer {side:.3g} KiB are stored, its input is {x:.3g}"
     return line
 
@@ -186,7 +187,10 @@ def error_line(planned: Planned) -> str | None:
 
 def stored_name(name: str, problem: PlanProblem) -> str:
     """What a tensor class of a placement is called."""
-    return "side bits" if name == "x" and problem.reversible else name
+    if name != "x" or not problem.reversible:
+        return name
+    # of streams in floating point few layers store something, and it is no bits
+    return "streams" if min(kind.stored_x_bytes for kind in problem.kinds) == 0 else "side bits"
 
 
 def _kind_of(operator: str) -> str:

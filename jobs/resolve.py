@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 from farspan.cluster.config import GangSpec
 from farspan.cluster.placement import Demand
 from farspan.errors import JobError
+from farspan.jobs.adapter_checks import check_s2a, check_streams, check_unipt
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.optimizers import check_optimizer, check_zero_0, only_zero_0
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
-from farspan.jobs.side_adapters import check_s2a, check_unipt
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.trainer.adapters.config import inner
@@ -431,6 +431,7 @@ class _Resolution:
                 why="of a layer they store side bits and compute the rest back; autograd has no part in that",
                 try_="--set memory.plan=solve, or another adapter",
             )
+        check_streams(adapter, self._at)
         return adapter.model_copy(update={"inside": self._with_alpha(adapter.inside, "adapter.inside")})
 
     def _check_density(self) -> None:

@@ -105,9 +105,10 @@ def calibrated_problem(
     profile = calibration.profile
     assert profile.sp == training.sp, (profile.sp, training.sp)
     names = tuple(shape.form(layer).name for layer in range(shape.layers))
+    profile = profile.model_copy(update={"layers": names})
     if training.coupling is not None:
         profile = reversible(profile, shape, training, hardware.memory_bytes_per_s)
-    weights = _weights(profile, names)
+    weights = _weights(profile, profile.layers)
     head = profile.head.model_copy(
         update={
             "step_peak_bytes": step_peak_bytes(training, hardware, weights),
@@ -121,7 +122,6 @@ def calibrated_problem(
 
     whole = profile.model_copy(
         update={
-            "layers": names,
             "kinds": tuple(with_exchange(kind) for kind in profile.kinds),
             "head": HeadProfile.model_validate(head.model_dump()),
             # `--longest` also asks for contexts of a single tile, which run untiled and need a little more

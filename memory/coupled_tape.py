@@ -3,7 +3,8 @@ and against autograd.
 
 A layer stores its side bits where the plan has its x, and by the plan O and outputs of linear layers as any other. Its
 backward undoes its steps in reverse: the function runs again on the stream that it read, its output is taken from the
-stream that it went into, and the gradients of both streams go on to the layer below.
+stream that it went into, and the gradients of both streams go on to the layer below. Of streams in floating point there
+are no side bits; a layer that is an anchor stores them whole, the first layer what it read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from farspan.memory.coupling import Coupling, Streams
 from farspan.memory.executor import Layer, Tape, random_state, require_tensor
+from farspan.memory.float_streams import FloatStreams
 from farspan.memory.frame import Frame
+from farspan.memory.plan import Rows
 
 if TYPE_CHECKING:
     from farspan.memory.executor import Executor
@@ -33,7 +36,7 @@ class CoupledTape(Tape):
         self.coupling = coupling
         self.first = 0
         """The layer that the streams start with."""
-        self.streams: Streams | None = None
+        self.streams: Streams | FloatStreams | None = None
         self.d_other: Tensor | None = None
         """Gradient of the other stream where backward has come to; None: zero."""
 
@@ -50,25 +53,32 @@ class CoupledTape(Tape):
         frame = self.storing_frame(index, layer)
         kept: list[Tensor] = []
         inputs = coupling.store == "inputs"
+        if isinstance(streams, FloatStreams) and not inputs and coupling.is_anchor(index, self.first):
+            kept += [x.detach()] if index == self.first else [streams.main, streams.other]
+            kept = [torch.cat(kept, -1)]  # now: the streams change in place
         if inputs and coupling.wiring == 2 and coupling.adapters[index] is not None:
             kept.append(streams.floating(streams.other))
         coupling.before(index, streams)
-        for function in coupling.functions(index, call):
+        for place, function in enumerate(coupling.functions(index, call)):
             layer.random.append(random_state(self.executor.layers[index], x.device))
             read = streams.floating(streams.main)
             with frame.active(), coupling.running():
                 y = function(read)
             require_tensor(index, y)
-            side = streams.leap(y)
-            kept.append(read if inputs else side)
+            side = streams.leap(y, place)
+            if inputs or side is not None:
+                kept.append(read if inputs else side)  # type: ignore[arg-type]
             del read, y
         y = streams.floating(streams.main)
         if inputs and coupling.wiring == 1 and coupling.adapters[index] is not None:
             kept.append(y)
         coupling.after(index, streams)
         assert plan.x is not None, "a reversible layer stores its side bits"
-        whole = kept[0] if len(kept) == 1 else torch.cat(kept, -1)
-        layer.x = self.put(whole, plan.x, f"{'inputs' if inputs else 'side bits'} of layer {index}")
+        if kept:
+            whole = kept[0] if len(kept) == 1 else torch.cat(kept, -1)
+            what = "inputs" if inputs else "side bits" if coupling.form == "exact" else "streams"
+            planned = coupling.form == "exact" or inputs or index % coupling.anchors_planned == 0
+            layer.x = self.put(whole, plan.x if planned else Rows(device=x.shape[1]), f"{what} of layer {index}")
         self.last = index
         if index == len(self.placement.layers) - 1:
             if not coupling.tested:
@@ -87,16 +97,24 @@ class CoupledTape(Tape):
         if coupling.store == "inputs":
             self.streams = None
         kept = self._kept(index, layer)
-        adapter = coupling.adapters[index]
+        anchor = (kept[0], kept[-1]) if kept and isinstance(self.streams, FloatStreams) else None
         d_main = dy
-        if adapter is not None and coupling.wiring == 1:
-            d_main = self._adapter_backward(adapter, dy, self.d_other, kept, into="other")
+        if coupling.wiring == 1:
+            d_main = self._sum_backward(index, dy, kept, into="other")
         frame = self.giving_frame(layer, frozenset(), again=False)
-        for function, random in reversed(list(zip(coupling.functions(index, layer.call), layer.random))):
-            d_main, self.d_other = self._leap_backward(index, function, random, frame, kept.pop(), d_main)
+        functions = coupling.functions(index, layer.call)
+        for place in reversed(range(len(functions))):
+            if place == 0 and coupling.wiring != 2:
+                self._settle("other", anchor, 0)  # before the leap it is what will be main
+            bits = not isinstance(self.streams, FloatStreams)
+            d_main, self.d_other = self._leap_backward(
+                index, functions[place], layer.random[place], frame, kept.pop() if bits else None, d_main, place
+            )
         del frame
-        if adapter is not None and coupling.wiring == 2:
-            self.d_other = self._adapter_backward(adapter, self.d_other, d_main, kept, into="main")
+        self._settle("other", anchor, 1)
+        if coupling.wiring == 2:
+            d_main = self._sum_backward(index, d_main, kept, into="main")
+            self._settle("main", anchor, 0)
         layer.x_now = layer.o_now = None
         self.free(index)
         if coupling.observer is not None and self.streams is not None:
@@ -104,40 +122,70 @@ class CoupledTape(Tape):
         if index > self.first:
             return d_main
         if self.streams is not None and not coupling.tested:
-            self.streams.check_start()
+            if not isinstance(self.streams, FloatStreams):
+                self.streams.check_start()
+            elif coupling.anchor_every > 1:  # else all that was read again had been stored
+                self.streams.check_anchors(coupling.tolerance, coupling.anchor_every)
         self.streams = None
         return d_main + self.d_other if wants_dx and self.d_other is not None else d_main
+
+    def _settle(self, name: Literal["main", "other"], anchor: tuple[Tensor, Tensor] | None, which: int) -> None:
+        if anchor is not None:
+            assert isinstance(self.streams, FloatStreams)
+            self.streams.settle(name, anchor[which])
 
     def _kept(self, index: int, layer: Layer) -> list[Tensor]:
         """What a layer stored, in the order of its steps."""
         coupling = self.coupling
-        assert layer.x is not None
+        if layer.x is None:
+            assert coupling.form == "float"
+            return []
         whole, layer.x = layer.x.take(), None
         count = coupling.leaps
-        if coupling.store == "inputs" and coupling.wiring < 3:
+        if isinstance(self.streams, FloatStreams):
+            count = 1 if index == self.first else 2
+        elif coupling.store == "inputs" and coupling.wiring < 3:
             count += coupling.adapters[index] is not None
         return list(whole.chunk(count, -1))
 
     def _leap_backward(
-        self, index: int, function: Any, random: Any, frame: Frame, kept: Tensor, d_main: Tensor
+        self, index: int, function: Any, random: Any, frame: Frame, kept: Tensor | None, d_main: Tensor, place: int
     ) -> tuple[Tensor, Tensor]:
         """One step undone, and run backward; returns the gradients of main and other before it."""
         streams = self.streams
         read = streams.floating(streams.other) if streams is not None else kept
+        assert read is not None
         read = read.detach().requires_grad_()
         with self.running_again(index, random, frame, read), self.coupling.running():
             y = function(read)
         edge = get_gradient_edge(y)
         if streams is not None:
-            streams.leap_back(y, kept)
+            streams.leap_back(y, kept, place)
         del y, kept
         torch.autograd.backward(edge, d_main)
         d_read = read.grad
         assert d_read is not None
         if self.d_other is not None:
             d_read.add_(self.d_other)
-        share = 2.0**-self.coupling.bits
-        return d_read.sub_(d_main, alpha=share), d_main * share
+        share = self.coupling.leap_factors[place]
+        if self.coupling.form == "exact":
+            d_read.sub_(d_main, alpha=share)
+        return d_read, d_main * share
+
+    def _sum_backward(
+        self, index: int, d_main: Tensor, kept: list[Tensor], *, into: Literal["main", "other"]
+    ) -> Tensor:
+        """An adapter's sum undone, and run backward; returns the gradient of main, and sets that of the other."""
+        coupling, adapter, factor = self.coupling, self.coupling.adapters[index], self.coupling.add_factor
+        d_read, d_added = (d_main, self.d_other) if into == "other" else (self.d_other, d_main)
+        if adapter is not None:
+            d_read = self._adapter_backward(adapter, d_read, d_added, kept, into=into)
+        elif coupling.scales and self.streams is not None:
+            self.streams.add(getattr(self.streams, into), None, subtract=True)
+        if coupling.scales and d_added is not None:
+            d_added = d_added * factor
+        d_main, self.d_other = (d_read, d_added) if into == "other" else (d_added, d_read)  # type: ignore[assignment]
+        return d_main
 
     def _adapter_backward(
         self, adapter: Any, d_read: Tensor | None, d_added: Tensor | None, kept: list[Tensor], *, into: str

@@ -21,6 +21,9 @@ main = layer(main) - lambda (main - other), which departs from the model by a sh
 The streams start equal; the model goes on with main, which carries the layer's output, and not with the average that
 the paper takes.
 
+The published form, with both factors and in floating point, is there too (`memory.float_streams`): nothing is taken
+away, undoing divides, and the streams of every k-th layer are stored whole.
+
 While the memory executor runs a layer (`memory.coupled_tape`) it does the steps itself. In any other call (evaluation,
 generation) the layers' own forward does them, storing nothing.
 """
@@ -37,8 +40,10 @@ from torch import Tensor, nn
 
 from farspan.errors import JobError, RunFailed
 from farspan.kernels import reversible_streams as kernels
+from farspan.memory.amplification import Wiring
+from farspan.memory.float_streams import FloatStreams
 
-Wiring = Literal[1, 2, 3]
+Form = Literal["exact", "float"]
 Store = Literal["bits", "inputs"]
 Function = Callable[[Tensor], Tensor]
 START_FRACTION = 16
@@ -69,17 +74,19 @@ class Streams:
         """A stream as what layers read."""
         return kernels.to_float(stream, self.fraction, self.dtype)
 
-    def leap(self, y: Tensor) -> Tensor:
-        """One step with the function's output; returns the side bits."""
+    def leap(self, y: Tensor, place: int = 0) -> Tensor:
+        """One step with the function's output; returns the side bits. All places of a layer are alike."""
         side = kernels.advance_(self.other, self.main, y.detach(), self.bits, self.fraction, self.overflow)
         self.main, self.other = self.other, self.main
         return side
 
-    def leap_back(self, y: Tensor, side: Tensor) -> None:
+    def leap_back(self, y: Tensor, side: Tensor | None, place: int = 0) -> None:
+        assert side is not None
         self.main, self.other = self.other, self.main
         kernels.retreat_(self.other, self.main, y.detach(), self.bits, self.fraction, side)
 
-    def add(self, stream: Tensor, y: Tensor, *, subtract: bool = False) -> None:
+    def add(self, stream: Tensor, y: Tensor | None, *, subtract: bool = False) -> None:
+        assert y is not None
         kernels.add_(stream, y.detach(), self.fraction, self.overflow, subtract=subtract)
 
     def check_start(self) -> None:
@@ -120,6 +127,9 @@ class Coupling:
         layers: decoder layers, bottom first. Their forward is replaced, on the instances.
         adapters: of each layer; None: without one. Called with a stream as floating point; no dropout inside.
         bits: lambda = 2^-bits; 1 to 8.
+        form: `exact`: integers; `float`: the published form with `factors`, lambda and beta.
+        anchor_every: of the float form, the layers from one whose streams are stored whole to the next.
+        tolerance: relative error of streams that were computed back, at an anchor.
 
     Raises:
         JobError: the layers cannot be coupled this way.
@@ -133,18 +143,31 @@ class Coupling:
         bits: int,
         adapters: Sequence[nn.Module | None],
         store: Store = "bits",
+        form: Form = "exact",
+        factors: tuple[float, float] = (1.0, 1.0),
+        anchor_every: int = 1,
+        tolerance: float = 0.0,
     ) -> None:
         assert len(adapters) == len(layers)
+        self.form, self.factors, self.tolerance = form, factors, tolerance
+        self.anchor_every = self.anchors_planned = anchor_every
+        lam, beta = factors
+        by_wiring = {1: ((lam,), beta), 2: ((beta,), lam), 3: ((lam, beta), 1.0)}
+        exact = ((2.0**-bits,) * (2 if wiring == 3 else 1), 1.0)
+        self.leap_factors, self.add_factor = by_wiring[wiring] if form == "float" else exact
+        """What a layer's leaps multiply the other stream by, and an adapter's sum the stream that it goes into."""
         self.layers, self.adapters, self.wiring, self.bits, self.store = list(layers), adapters, wiring, bits, store
         self.fraction = START_FRACTION
         self.on = True
         """Off: the layers run as if they were not coupled."""
         self.tested = False
         """In a self-test hidden states are random, and out of range where a model's own are not: not looked at."""
-        self.observer: Callable[[int, Streams], None] | None = None
+        self.observer: Callable[[int, Streams | FloatStreams], None] | None = None
         """Sees the streams before each layer: in forward, and again in backward when they have been computed back."""
+        self.probe: Callable[[int, partial[Any], Streams | FloatStreams, bool], None] | None = None
+        """Sees layers in forwards without autograd, with their own forward, before (False) and after (True) each."""
         self._running = False
-        self._passing: Streams | None = None
+        self._passing: Streams | FloatStreams | None = None
         self._halves = [halves(layer) for layer in layers] if wiring == 3 else []
         for index, layer in enumerate(layers):
             layer.forward = partial(self._forward, index, layer.forward)
@@ -154,7 +177,13 @@ class Coupling:
         """Steps of a layer that lose bits."""
         return 2 if self.wiring == 3 else 1
 
-    def start(self, x: Tensor) -> Streams:
+    def is_anchor(self, index: int, first: int = 0) -> bool:
+        """Whether the streams before this layer are stored whole; the first that runs is one."""
+        return index == first or index % self.anchor_every == 0
+
+    def start(self, x: Tensor) -> Streams | FloatStreams:
+        if self.form == "float":
+            return FloatStreams(x.detach(), self.leap_factors, self.add_factor)
         width = x.shape[-1]
         if width % 8:
             raise JobError(
@@ -207,28 +236,55 @@ class Coupling:
             self._passing = self.start(x)
         streams = self._passing
         assert streams is not None, "layers run in order"
+        if self.probe is not None:
+            self.probe(index, call, streams, False)
         self.before(index, streams)
-        for function in self.functions(index, call):
+        for place, function in enumerate(self.functions(index, call)):
             with self.running():
                 y = function(streams.floating(streams.main))
-            streams.leap(y)
+            streams.leap(y, place)
         self.after(index, streams)
+        if self.probe is not None:
+            self.probe(index, call, streams, True)
         if index == len(self.layers) - 1:
             self._passing = None
             streams.check()
         return streams.floating(streams.main)
 
-    def before(self, index: int, streams: Streams) -> None:
+    def before(self, index: int, streams: Streams | FloatStreams) -> None:
         """Wiring 2's adapter."""
-        if self.wiring == 2 and (adapter := self.adapters[index]) is not None:
-            with torch.no_grad():
-                streams.add(streams.main, adapter(streams.floating(streams.other)))
+        if self.wiring == 2:
+            self._add(index, streams, streams.main, streams.other)
 
-    def after(self, index: int, streams: Streams) -> None:
+    def after(self, index: int, streams: Streams | FloatStreams) -> None:
         """Wiring 1's adapter."""
-        if self.wiring == 1 and (adapter := self.adapters[index]) is not None:
+        if self.wiring == 1:
+            self._add(index, streams, streams.other, streams.main)
+
+    @property
+    def scales(self) -> bool:
+        """Whether a layer without an adapter changes the stream that one would go into."""
+        return self.add_factor != 1.0
+
+    def _add(
+        self, index: int, streams: Streams | FloatStreams, into: Tensor, read: Tensor, *, subtract: bool = False
+    ) -> None:
+        adapter = self.adapters[index]
+        if adapter is not None or self.scales:
             with torch.no_grad():
-                streams.add(streams.other, adapter(streams.floating(streams.main)))
+                y = None if adapter is None else adapter(streams.floating(read))
+                streams.add(into, y, subtract=subtract)
+
+    def undo(self, index: int, call: partial[Any], streams: FloatStreams) -> None:
+        """A layer's steps taken back without autograd."""
+        with torch.no_grad(), self.running():
+            if self.wiring == 1:
+                self._add(index, streams, streams.other, streams.main, subtract=True)
+            functions = self.functions(index, call)
+            for place in reversed(range(len(functions))):
+                streams.leap_back(functions[place](streams.floating(streams.other)), None, place)
+            if self.wiring == 2:
+                self._add(index, streams, streams.main, streams.other, subtract=True)
 
 
 def fraction_for(largest: float) -> int:

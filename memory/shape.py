@@ -159,6 +159,9 @@ class CouplingShape(Schema):
 
     wiring: Literal[1, 2, 3] = 1
     bits: int = Field(ge=1, le=8)
+    form: Literal["exact", "float"] = "exact"
+    anchor_every: int = Field(default=1, ge=1)
+    """Of the float form: layers from one whose streams are stored whole to the next."""
     width: int = Field(default=0, ge=0)
     """Of the bottleneck adapters between the streams; 0: none."""
     store: Literal["bits", "inputs"] = "bits"

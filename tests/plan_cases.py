@@ -143,6 +143,15 @@ def coupled(problem: PlanProblem) -> PlanProblem:
     return problem.model_copy(update={"kinds": kinds, "reversible": True, "frozen_below": 0})
 
 
+def anchored(problem: PlanProblem) -> PlanProblem:
+    """Coupled in floating point: layers of the second kind store both streams, the others nothing."""
+    kinds = tuple(
+        kind.model_copy(update={"side_bytes": 2 * kind.x_bytes * (index == 1)})
+        for index, kind in enumerate(problem.kinds)
+    )
+    return problem.model_copy(update={"kinds": kinds, "reversible": True, "frozen_below": 0})
+
+
 @st.composite
 def drawn_rows(draw: st.DrawFn, rows: int, part_rows: int | None, *, whole: bool = False) -> Rows:
     """Rows on the tiers, cut every `part_rows`; `whole`: none is left to be recomputed."""

@@ -44,6 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "reversible 1": {"adapter": Reversible(wiring=1, bits=3, width=8, inside=LORA)},
     "reversible 1, L4Q": {"adapter": Reversible(wiring=1, bits=3, inside=L4Q(rank=4))},
     "reversible 2": {"adapter": Reversible(wiring=2, bits=3, width=8, inside=PaCA(rank=4))},
+    "reversible 1, float": {"adapter": Reversible(form="float", wiring=1, width=8, inside=LORA)},
+    "reversible 2, float": {"adapter": Reversible(form="float", wiring=2, factors=(0.7, 0.4), inside=LORA)},
+    "reversible 3, float": {"adapter": Reversible(form="float", wiring=3, inside=PaCA(rank=4))},
     "reversible 3 on nf4": {"adapter": Reversible(wiring=3, bits=3, inside=LORA), "base": NF4()},
 }
 

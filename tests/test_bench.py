@@ -56,7 +56,9 @@ def test_lora_beside_peft(tmp_path: Path) -> None:
 def test_reversible_layers_beside_checkpointing(tmp_path: Path) -> None:
     out = toy("reversible", tmp_path)
     cells = json.loads(out.read_text())
-    assert {*cells} == {"depth/2", "depth/4", "start"}
+    assert {*cells} == {"depth/2", "depth/4", "float/bf16/4", "float/fp32/4", "start"}
+    anchors = {name: one["anchor_every"] for name, one in cells["float/fp32/4"].items() if "anchor_every" in one}
+    assert anchors["LoRA, float, lambda 1"] >= anchors["LoRA, float, lambda 0.1 (published)"] >= 1
     by_layer = {
         system: cells["depth/4"][system]["kept_bytes_per_row"] - cells["depth/2"][system]["kept_bytes_per_row"]
         for system in cells["depth/4"]
@@ -66,6 +68,16 @@ def test_reversible_layers_beside_checkpointing(tmp_path: Path) -> None:
     assert by_layer["LoRA, reversible, wiring 3"] == 2 * by_layer["LoRA, reversible, wiring 1"]
     assert by_layer["LoRA, every layer checkpointed"] >= 2 * 64 * 2
     assert "| 3 |" in out.with_suffix(".md").read_text()
+
+
+def test_sparse_attention_beside_flash_attention(tmp_path: Path) -> None:
+    out = toy("spt", tmp_path)
+    cells = json.loads(out.read_text())
+    assert {*cells} == {"256", "512"}
+    for cell in cells.values():
+        kept = {system: one["kept_bytes"] for system, one in cell.items() if isinstance(one, dict)}
+        assert kept["flash attention"] <= kept["SPT, blocks"] < kept["weights stored"]
+    assert "| 512 | SPT, blocks |" in out.with_suffix(".md").read_text()
 
 
 def test_every_method_in_one_table(tmp_path: Path) -> None:

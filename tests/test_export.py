@@ -523,6 +523,22 @@ def test_merged_export_is_peft_merge_and_unload(tmp_path: Path, which: str) -> N
     assert report.kind == "merged" and "values bit for bit" in report.compared[1]
 
 
+def test_a_reversible_model_in_floating_point_opens_again(tmp_path: Path) -> None:
+    """With its factors; where its anchors were is of no matter to the model."""
+    adapter = Reversible(form="float", wiring=2, factors=(0.7, 0.4), width=8, inside=LoRA(rank=4), anchor_every=2)
+    trained = Trained(tmp_path / "run", adapter=adapter, precision="bf16")
+    report = trained.export(tmp_path / "out", merged=False)
+    assert "streams: a finite forward" in report.compared
+    told = json.loads((tmp_path / "out" / "reversible.json").read_text())
+    assert (told["form"], told["factors"], told["wiring"]) == ("float", [0.7, 0.4], 2)
+    opened = load_reversible(tmp_path / "out", dtype=trained.dtype, attn_implementation="eager")
+    assert torch.equal(_logits(opened), trained.logits())
+    published = {key: value for key, value in told.items() if key != "factors"}
+    (tmp_path / "out" / "reversible.json").write_text(json.dumps(published))
+    other = load_reversible(tmp_path / "out", dtype=trained.dtype, attn_implementation="eager")
+    assert not torch.equal(_logits(other), trained.logits()), "other factors are another model"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "inside",

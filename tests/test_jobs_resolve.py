@@ -236,6 +236,22 @@ BAD = [
         "side bits",
         "plan=solve",
     ),
+    (
+        make(adapter=Reversible(form="float", anchor_every=5)),
+        "computed back over 5 layers",
+        "adapter.anchor_every",
+        "1.2e-07 x 11.9^5 = 0.029",
+        "--set adapter.anchor_every=3",
+    ),
+    (
+        make(adapter=Reversible(form="float", wiring=3, tolerance=1e-5, anchor_every=2)),
+        "over 2 layers",
+        "adapter.anchor_every",
+        "142",
+        "--set adapter.anchor_every=1",
+    ),
+    (make(adapter=Reversible(form="float", bits=2)), "not read with", "adapter.bits", "integer", "form=exact"),
+    (make(adapter=Reversible(tolerance=0.01)), "not read with", "adapter.tolerance", "anchors", "form=float"),
     (make(model=Model("./nowhere")), "no model folder", "model.id", "does not exist", "safetensors"),
 ]
 

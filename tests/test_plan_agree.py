@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plan_cases import apart, coupled, on_the_device, placements, problems, saved_problems
+from plan_cases import anchored, apart, coupled, on_the_device, placements, problems, saved_problems
 
 from farspan.errors import DoesNotFit
 from farspan.memory.evaluate import evaluate
@@ -68,7 +68,7 @@ def test_segments_that_move_nothing_agree_to_the_byte(data: st.DataObject) -> No
 @given(data=st.data())
 @drawing(100)
 def test_reversible_layers_agree_to_the_byte(data: st.DataObject) -> None:
-    problem = coupled(data.draw(problems()))
+    problem = data.draw(st.sampled_from([coupled, anchored]))(data.draw(problems()))
     placement = data.draw(apart(problem))
     predicted, replayed = evaluate(problem, placement), replay(problem, placement)
     assert predicted.step_s == pytest.approx(replayed.seconds, rel=SAME)

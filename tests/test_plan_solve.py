@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from plan_cases import PROBLEMS, SavedProblem, coupled, deep, llama_8b, placements, problems
+from plan_cases import PROBLEMS, SavedProblem, anchored, coupled, deep, llama_8b, placements, problems
 
 from farspan.errors import DoesNotFit
 from farspan.memory.evaluate import Evaluator, evaluate
@@ -416,6 +416,12 @@ def test_two_layers_with_a_linear_class_reach_the_optimum(problem: PlanProblem, 
 @given(problems(layers=2, classes=1, blocks=1).map(whole_tensors).map(coupled), st.integers(1, 10))
 @searching(15)
 def test_reversible_layers_reach_the_optimum(problem: PlanProblem, tightness: int) -> None:
+    against_everything(problem, tightness)
+
+
+@given(problems(layers=2, classes=1, blocks=1).map(whole_tensors).map(anchored), st.integers(1, 10))
+@searching(10)
+def test_layers_of_which_some_store_nothing_reach_the_optimum(problem: PlanProblem, tightness: int) -> None:
     against_everything(problem, tightness)
 
 

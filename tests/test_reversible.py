@@ -186,7 +186,9 @@ def test_gradients_are_those_of_the_formula(adapter: Reversible, family: str) ->
 def test_that_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Side bits that are lost show in the streams."""
     original = Streams.leap_back
-    monkeypatch.setattr(Streams, "leap_back", lambda self, y, side: original(self, y, torch.zeros_like(side)))
+    monkeypatch.setattr(
+        Streams, "leap_back", lambda self, y, side, place: original(self, y, torch.zeros_like(side), place)
+    )
     model = made(ADAPTERS[0])
     assert model.coupling is not None
     seen = watched(model.coupling)

@@ -25,6 +25,7 @@ from farspan.trainer.config import (
     FullFineTune,
     Mesh,
     Muon,
+    Reversible,
     TrainSpec,
     UniPT,
 )
@@ -210,6 +211,27 @@ def test_a_density_loss_is_told_and_works(tokens: Path, tmp_path: Path) -> None:
     first, last = found["one"][0], found["one"][-1]
     assert 0 < last["density"] < first["density"] <= 1
     assert 0 < last["density_loss"] < first["density_loss"] <= MODEL.layers
+
+
+def test_streams_in_floating_point_resume_bit_exact(tokens: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 on two ranks of a sequence; anchors are measured at the first start, and then in the checkpoint."""
+    placement = checkpoint_every_layer(5, rows=128, attention_rows=256)
+    job = spec(
+        tokens,
+        tmp_path / "whole",
+        model=MODEL.model_copy(update={"layers": 5}),
+        adapter=Reversible(form="float", width=8, inside=LoRA(rank=4)),
+        mesh=Mesh(dp=1, sp=2),
+        zero=3,
+        optim=Optim(lr=1e-2, steps=4),
+        checkpoint=Checkpoint(every=2, keep=9, export=False),
+        placement=placement,
+    )
+    whole = run(job)
+    progress = json.loads((tmp_path / "whole/checkpoints/step_2/manifest.json").read_text())["progress"]
+    assert 1 <= progress["anchor_every"] <= 3 and whole[-1]["loss"] < whole[0]["loss"]
+    resumed_from(tmp_path / "whole", tmp_path / "resumed", 2)
+    assert numbers(run(job.model_copy(update={"run_dir": str(tmp_path / "resumed")}))) == numbers(whole)
 
 
 class Events(Silent):

@@ -412,9 +412,11 @@ class Checkpointer:
 
 
 def with_range(adapter: Adapter, progress: dict[str, Any]) -> Adapter:
-    """An adapter as it was trained: reversible streams have the range that the run found."""
+    """An adapter as it was trained: reversible streams have the range, or the anchors, that the run found."""
     if not isinstance(adapter, Reversible):
         return adapter
+    if adapter.form == "float":
+        return adapter.model_copy(update={"anchor_every": progress["anchor_every"]})
     return adapter.model_copy(update={"fraction_bits": progress["fraction_bits"]})
 
 

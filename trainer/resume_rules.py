@@ -35,6 +35,8 @@ RULES: dict[str, tuple[Rule, str]] = {
     "adapter.keep_rows": ("said", "the next steps estimate A's gradient from another share of the rows"),
     "adapter.init_packs": ("free", "the start was found before the first step"),
     "adapter.fraction_bits": ("said", "hidden states are rounded to other steps from now on"),
+    "adapter.anchor_every": ("said", "streams come back with another error from now on"),
+    "adapter.tolerance": ("said", "streams may come back with another error from now on"),
     "adapter.inside.keep_rows": ("said", "the next steps estimate A's gradient from another share of the rows"),
     "adapter.inside.init_packs": ("free", "the start was found before the first step"),
     "adapter.inside.dropout": ("said", "the next steps drop another share"),

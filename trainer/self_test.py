@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from farspan.errors import JobError
+from farspan.memory.amplification import amplification, most_layers
+from farspan.memory.anchors import anchor_errors
 from farspan.memory.coupling import fraction_for
 from farspan.memory.operators import gradient_error
 from farspan.memory.problem import GradientError
@@ -148,18 +151,69 @@ def reversible_range(whole: nn.Module, module: CausalLMLoss, rows: Rows, grid: R
 
     hooks = [layer.register_forward_hook(look) for layer in coupling.layers]
     coupling.on = False
-    whole.eval()
     try:
-        with torch.no_grad():
-            whole(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
+        _evaluate(whole, rows)
     finally:
-        whole.train()
         coupling.on = True
         for hook in hooks:
             hook.remove()
     if grid.world_size > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return fraction_for(float(largest))
+
+
+def _evaluate(whole: nn.Module, rows: Rows) -> None:
+    whole.eval()
+    try:
+        with torch.no_grad():
+            whole(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
+    finally:
+        whole.train()
+
+
+def reversible_anchors(
+    whole: nn.Module, module: CausalLMLoss, rows: Rows, grid: RankGrid, asked: int | None = None
+) -> tuple[int, float]:
+    """The most layers between anchors of floating-point streams that come back within the tolerance, on some rows of
+    all ranks, and the error they then have. Collective; about four forwards for each number that is tried.
+
+    With every layer an anchor, all that layers read again is stored: 1 is good enough for any model, without a trial.
+
+    Where streams wait on the host or a disk, these were planned with a number of layers: it is kept, and must do.
+
+    Args:
+        whole: the engine's module, which makes weights whole where they are sharded.
+        asked: by the job: the only number that is tried.
+
+    Raises:
+        JobError: none does.
+    """
+    coupling, executor = module.coupling, module.executor
+    assert coupling is not None and coupling.form == "float"
+    planned = coupling.anchors_planned
+    if executor is not None:
+        away = (plan.x for index, plan in enumerate(executor.placement.layers) if index % planned == 0)
+        if any(x is not None and x.host + x.disk for x in away):
+            asked = planned
+    kappa = amplification(coupling.wiring, coupling.factors)
+    most = max(1, min(len(coupling.layers), most_layers(kappa, coupling.tolerance))) if asked is None else asked
+    every, error = 1, 0.0
+    for every in range(most, 1 if asked is None else max(1, most - 1), -1):
+        sums = anchor_errors(coupling, lambda: _evaluate(whole, rows), every)
+        if grid.world_size > 1:
+            dist.all_reduce(sums)
+        error = float((sums[..., 0] / sums[..., 1]).sqrt().max())
+        if error <= coupling.tolerance:
+            return every, error
+    if asked is None or asked == 1:
+        return 1, 0.0
+    raise JobError(
+        f"streams stored whole every {every} layers come back off by {error:.2g}",
+        at="adapter.anchor_every",
+        why=f"the job allows {coupling.tolerance:g}, measured on its first rows; rounding alone makes it "
+        f"{kappa:.3g} times as much a layer",
+        try_=f"--set adapter.anchor_every={every - 1}, or --set adapter.form=exact, which has no such error",
+    )
 
 
 def documents(rows: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from farspan.errors import FarspanError, NonFinite
 from farspan.memory.addresses import TwoLevels
+from farspan.memory.coupling import Coupling
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
 from farspan.trainer.adapters.config import inner
@@ -41,7 +42,7 @@ from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.self_test import activation_errors, check_rebuilding, reversible_range
+from farspan.trainer.self_test import activation_errors, check_rebuilding, reversible_anchors, reversible_range
 from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
@@ -356,9 +357,8 @@ class Trainer:
         if self._first_says(lambda: start.must_be_made(kept, made_for, self.folder.complete_checkpoints())):
             if adapter.init == "lora_ga":
                 probe = partial(self._probe, module, adapter)
-                if module.coupling is not None and getattr(spec.adapter, "fraction_bits", None) == "auto":
-                    rows = self._rows(self.stream.pack(self.grid.dp_index))
-                    module.coupling.fraction = reversible_range(module, module, rows, self.grid)
+                if module.coupling is not None:
+                    self._measure_streams(module, module, module.coupling)
                 start.from_gradients(module.model, adapter, probe, seed=spec.optim.seed)
             elif self.grid.rank == 0:
                 for layer in start.lora_layers(module.model).values():
@@ -396,19 +396,43 @@ class Trainer:
             (loss / max(pack.trained_tokens, 1)).backward()
 
     def _set_range(self, module: models.CausalLMLoss) -> None:
-        """Bits behind the point of reversible streams: as in the checkpoint, or from the first pack's hidden states."""
+        """Range or anchors of reversible streams: as in the checkpoint, or from the first pack's hidden states."""
         coupling = module.coupling
         if coupling is None:
             return
-        asked, fraction = getattr(self.spec.adapter, "fraction_bits", "auto"), self.position.get("fraction_bits")
-        if asked == "auto" and fraction is not None:
-            coupling.fraction = fraction
-        elif asked == "auto":
-            pack = self.stream.pack(self.grid.dp_index)
-            coupling.fraction = reversible_range(self.engine.module, module, self._rows(pack), self.grid)
-        self.position["fraction_bits"] = coupling.fraction
+        name, attribute = ("fraction_bits", "fraction") if coupling.form == "exact" else ("anchor_every",) * 2
+        error = None
+        if getattr(self.spec.adapter, name, "auto") == "auto" and self.position.get(name) is not None:
+            setattr(coupling, attribute, self.position[name])
+        else:
+            error = self._measure_streams(self.engine.module, module, coupling)
+        self.position[name] = getattr(coupling, attribute)
         if self.grid.rank == 0:
-            self.progress.event("reversible", f"streams have {coupling.fraction} bits behind the point")
+            told = f"streams have {coupling.fraction} bits behind the point"
+            if coupling.form == "float" and coupling.store == "inputs":
+                told = "layers store what they read, streams are not computed back"
+            elif coupling.form == "float":
+                told = f"streams are stored whole every {coupling.anchor_every} layers"
+                told += f" and come back within {error:.2g}" if error is not None else ""
+                if coupling.anchor_every < coupling.anchors_planned:
+                    every = f"adapter.anchor_every={coupling.anchor_every}"
+                    told += f"; {coupling.anchors_planned} were planned, with less memory ({every} plans it)"
+            self.progress.event("reversible", told)
+
+    def _measure_streams(self, whole: Any, module: models.CausalLMLoss, coupling: Coupling) -> float | None:
+        """Sets what the job leaves to be measured; returns the error of streams in floating point. Collective."""
+        asked = getattr(self.spec.adapter, "fraction_bits" if coupling.form == "exact" else "anchor_every", "auto")
+        if coupling.store == "inputs" and coupling.form == "float":
+            return None  # nothing is computed back
+        if coupling.form == "exact" and asked != "auto":
+            return None
+        rows = self._rows(self.stream.pack(self.grid.dp_index))
+        if coupling.form == "exact":
+            coupling.fraction = reversible_range(whole, module, rows, self.grid)
+            return None
+        number = None if asked == "auto" else int(asked)
+        coupling.anchor_every, error = reversible_anchors(whole, module, rows, self.grid, number)
+        return error
 
     def _restore(self) -> None:
         self.progress.phase("restore", planned_s=EXPORT_S)

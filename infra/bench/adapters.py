@@ -122,6 +122,9 @@ METHODS = {
     "reversible 3, 3 bits, LoRA": Method(Reversible(wiring=3, bits=3, inside=LORA)),
     "PaCA": Method(PaCA(rank=16), rates=PACA_RATES),
     "reversible 1, 3 bits, PaCA": Method(Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=PACA_RATES),
+    "reversible 1, float, anchors of 2, LoRA": Method(
+        Reversible(form="float", wiring=1, anchor_every=2, tolerance=1e-2, inside=LORA)
+    ),
     "LoRA from pissa": Method(LORA.model_copy(update={"init": "pissa"})),
     "LoRA from lora_ga": Method(LORA.model_copy(update={"init": "lora_ga"})),
     "LoRA, 30 % of the rows": Method(LORA.model_copy(update={"keep_rows": 0.3})),

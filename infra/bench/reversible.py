@@ -2,9 +2,10 @@
 
 A small Llama in bf16, LoRA inside, by depth: autograd keeping everything (full fine-tuning and LoRA), torch's
 checkpointing of every layer, and reversible layers. Bytes are the allocator's own events, without weights and their
-gradients; seconds are medians of interleaved steps in one process and thread. The start is the held-out loss of a small
-model trained here on the standard library's source, coupled without further training, beside MEFT's own coupling, which
-adds lambda x1 to a layer that has the identity inside.
+gradients; seconds are medians of interleaved steps in one process and thread. Beside checkpointing and the bit-exact
+form also the published one in floating point, with as many layers between anchors as a run would measure. The start is
+the held-out loss of a small model trained here on the standard library's source, coupled without further training,
+beside MEFT's own coupling, which adds lambda x1 to a layer that has the identity inside.
 
     farspan bench reversible                 results/reversible.json (resumable), reversible.md
     farspan bench reversible --toy           seconds, for the test
@@ -36,8 +37,11 @@ from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.reversible.apply import couple
 from farspan.trainer.attention import NAME, PackedSequence
-from farspan.trainer.config import Adapter, FullFineTune, LoRA, RandomModel, Reversible
+from farspan.trainer.batch import Rows as PackRows
+from farspan.trainer.config import Adapter, FullFineTune, LoRA, Mesh, RandomModel, Reversible
 from farspan.trainer.models import prepare_model, random_config
+from farspan.trainer.parallel.mesh import RankGrid
+from farspan.trainer.self_test import reversible_anchors
 
 RESULTS = Path(__file__).parent / "results"
 DEPTHS, TOY_DEPTHS = (2, 4, 8, 16, 32), (2, 4)
@@ -51,12 +55,22 @@ REVERSIBLE = {
     "full fine-tuning, reversible": Reversible(wiring=1, bits=3, inside=FullFineTune()),
 }
 SYSTEMS = (KEPT_FULL, KEPT, CHECKPOINTED, *REVERSIBLE)
+FLOAT = {
+    "LoRA, float, lambda 0.1 (published)": Reversible(form="float", wiring=1, inside=INSIDE),
+    "LoRA, float, lambda 0.1, 1 % allowed": Reversible(form="float", wiring=1, tolerance=1e-2, inside=INSIDE),
+    "LoRA, float, lambda 1": Reversible(form="float", wiring=1, factors=(1.0, 1.0), inside=INSIDE),
+    "LoRA, float, wiring 3, 0.1 (published)": Reversible(form="float", wiring=3, inside=INSIDE),
+}
+FLOAT_SYSTEMS = (CHECKPOINTED, "LoRA, reversible, wiring 1", *FLOAT)
+FLOAT_DEPTHS, TOY_FLOAT_DEPTHS = (8, 16), (4,)
+PRECISIONS = ("bf16", "fp32")
+COUPLED: dict[str, Reversible] = REVERSIBLE | FLOAT
 
 
 class Step:
     """One model under one system, and its step without the optimizer's."""
 
-    def __init__(self, system: str, depth: int, rows: int, toy: bool) -> None:
+    def __init__(self, system: str, depth: int, rows: int, toy: bool, precision: str = "bf16") -> None:
         shape = RandomModel(
             hidden=64 if toy else 256,
             layers=depth,
@@ -65,27 +79,43 @@ class Step:
             ffn=160 if toy else 688,
             vocab=512,
         )
-        adapter: Adapter = REVERSIBLE.get(system, FullFineTune() if system == KEPT_FULL else INSIDE)
+        adapter: Adapter = COUPLED.get(system, FullFineTune() if system == KEPT_FULL else INSIDE)
         plan = LayerPlan(x=Rows(device=rows))
         placement = Placement(rows=rows, attention_rows=rows, layers=(plan,) * depth)
         torch.manual_seed(0)
         config = random_config(shape, context=rows, eos_id=0, pad_id=1)
-        causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=NAME)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        causal = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
         self.module, trainable = prepare_model(
             causal,
             adapter=adapter,
             memory=Tiles(loss_tile=128),
             seed=0,
-            placement=placement if system in REVERSIBLE else None,
+            placement=placement if system in COUPLED else None,
         )
+        self.ids = torch.randint(2, 512, (1, rows), generator=torch.Generator().manual_seed(1))
+        self.positions, self.sequence = torch.arange(rows)[None], PackedSequence((rows,))
+        self.anchors: tuple[int, float] | None = None
+        if self.module.coupling is not None and self.module.coupling.form == "float":
+            self.anchors = self._anchors()
         if system == CHECKPOINTED:
             for layer in decoder_layers(causal):
                 layer.gradient_checkpointing = True  # type: ignore[assignment]
                 layer._gradient_checkpointing_func = lambda call, x: checkpoint(call, x, use_reentrant=False)  # type: ignore[assignment]
         for p in trainable.values():
             p.grad = torch.zeros_like(p)  # what is made in backward is added to it: gradients are in no peak
-        self.ids = torch.randint(2, 512, (1, rows), generator=torch.Generator().manual_seed(1))
-        self.positions, self.sequence = torch.arange(rows)[None], PackedSequence((rows,))
+
+    def _anchors(self) -> tuple[int, float]:
+        """The layers between anchors, and the error at them; on the rows that are trained on."""
+        found = reversible_anchors(
+            self.module,
+            self.module,
+            PackRows(self.ids, self.ids.roll(-1, 1), self.positions, self.sequence),
+            RankGrid(Mesh(), 0, torch.device("cpu"), None),
+        )
+        assert self.module.coupling is not None
+        self.module.coupling.anchor_every = found[0]
+        return found
 
     def forward(self) -> Tensor:
         return self.module(self.ids, self.ids.roll(-1, 1), self.positions, self.sequence)  # type: ignore[no-any-return]
@@ -94,8 +124,10 @@ class Step:
         self.forward().backward()
 
 
-def measure(depth: int, rows: int, repeats: int, toy: bool) -> dict[str, Any]:
-    steps = {system: Step(system, depth, rows, toy) for system in SYSTEMS}
+def measure(
+    depth: int, rows: int, repeats: int, toy: bool, systems: tuple[str, ...] = SYSTEMS, precision: str = "bf16"
+) -> dict[str, Any]:
+    steps = {system: Step(system, depth, rows, toy, precision) for system in systems}
     footprint(lambda: None, torch.device("cpu"))
     found: dict[str, Any] = {}
     for system, step in steps.items():
@@ -108,7 +140,9 @@ def measure(depth: int, rows: int, repeats: int, toy: bool) -> dict[str, Any]:
             "kept_bytes_per_row": kept_bytes / rows,
             "peak_bytes_per_row": footprint(step.step, torch.device("cpu")).peak_bytes / rows,
         }
-    taken: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+        if step.anchors is not None:
+            found[system] |= {"anchor_every": step.anchors[0], "anchor_error": step.anchors[1]}
+    taken: dict[str, list[float]] = {system: [] for system in systems}
     for _ in range(repeats):
         for system, step in steps.items():
             taken[system].append(seconds(step.step))
@@ -196,6 +230,8 @@ def report(cells: dict[str, Any]) -> str:
             "",
             f"Wiring 1 needs less than checkpointing from {even} layers on (a line through the depths above).",
         ]
+    for precision in PRECISIONS:
+        lines += floating(cells, precision)
     if (begun := cells.get("start")) is not None:
         lines += [
             "",
@@ -210,6 +246,35 @@ def report(cells: dict[str, Any]) -> str:
             ones = [begun[f"wiring {w}, {bits}"][who] for w in (1, 3) for who in ("Farspan", "MEFT")]
             lines.append(f"| {bits} | " + " | ".join(f"{loss:.4f}" for loss in ones) + " |")
     return "\n".join(lines) + "\n"
+
+
+def floating(cells: dict[str, Any], precision: str) -> list[str]:
+    """The published form beside the others, by depth."""
+    found = {int(key.split("/")[2]): cell for key, cell in cells.items() if key.startswith(f"float/{precision}/")}
+    if not found:
+        return []
+    lines = [
+        "",
+        f"## The published form in floating point, {precision}",
+        "",
+        "Wiring 1 unless said. Streams are stored whole every k layers, k measured on the rows trained on; the error "
+        "is that of streams computed back over k layers. Kept bytes are of a row, divided by the layers.",
+        "",
+        "| layers | system | k | error | kept B a layer | peak KiB | of checkpointing | step | of checkpointing |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for depth, cell in sorted(found.items()):
+        for system in FLOAT_SYSTEMS:
+            one, base = cell[system], cell[CHECKPOINTED]
+            every = one.get("anchor_every", "")
+            error = f"{one['anchor_error']:.1e}" if every else ""
+            lines.append(
+                f"| {depth} | {system} | {every} | {error} | {one['kept_bytes_per_row'] / depth:,.0f} "
+                f"| {one['peak_bytes_per_row'] / 1024:.1f} "
+                f"| {one['peak_bytes_per_row'] / base['peak_bytes_per_row']:.3f} "
+                f"| {one['step_s'] * 1e3:.0f} ms | {one['step_s'] / base['step_s']:.3f} |"
+            )
+    return lines
 
 
 def break_even(depths: dict[int, Any]) -> int | None:
@@ -247,6 +312,10 @@ def main(arguments: list[str]) -> int:
     for depth in TOY_DEPTHS if options.toy else DEPTHS:
         told = {"rows": rows, "hidden": 64 if options.toy else 256}
         cell(f"depth/{depth}", lambda depth=depth, told=told: {**measure(depth, rows, repeats, options.toy), **told})  # type: ignore[misc]
+    for precision in PRECISIONS:
+        for depth in TOY_FLOAT_DEPTHS if options.toy else FLOAT_DEPTHS:
+            how = (depth, rows // 2, repeats, options.toy, FLOAT_SYSTEMS, precision)
+            cell(f"float/{precision}/{depth}", lambda how=how: measure(*how))  # type: ignore[misc]
     cell("start", lambda: start(options.toy))
     text = report(done)
     options.out.with_suffix(".md").write_text(text)

@@ -53,12 +53,12 @@ def couple(causal: Any, adapter: Reversible, *, seed: int) -> Coupling:
             why="both of its functions are parts of the pretrained layer",
             try_="--set adapter.width=0, or --set adapter.wiring=1",
         )
-    if hidden % 8:
+    if hidden % 8 and adapter.form == "exact":
         raise JobError(
             f"a hidden size of {hidden} does not pack into bytes",
             at="adapter.type",
             why="the side bits of 8 elements make whole bytes",
-            try_="--set adapter.type=lora",
+            try_="--set adapter.form=float, or --set adapter.type=lora",
         )
     adapters: list[nn.Module | None] = [None] * len(layers)
     if adapter.width:
@@ -68,7 +68,17 @@ def couple(causal: Any, adapter: Reversible, *, seed: int) -> Coupling:
             for index, layer in enumerate(layers[:-1] if adapter.wiring == 1 else layers):
                 adapters[index] = Bottleneck(hidden, adapter.width, dtype=some.dtype, device=some.device)
                 setattr(layer, CHILD, adapters[index])
-    coupling = Coupling(layers, wiring=adapter.wiring, bits=adapter.bits, adapters=adapters, store=adapter.store)
+    coupling = Coupling(
+        layers,
+        wiring=adapter.wiring,
+        bits=adapter.bits,
+        adapters=adapters,
+        store=adapter.store,
+        form=adapter.form,
+        factors=adapter.lambda_beta,
+        anchor_every=adapter.anchors_planned("bf16" if some.dtype == torch.bfloat16 else "fp32"),
+        tolerance=adapter.tolerance,
+    )
     if adapter.fraction_bits != "auto":
         coupling.fraction = adapter.fraction_bits
     return coupling

@@ -1,6 +1,6 @@
 """A reversible model on disk: what peft or transformers open, and two files beside it.
 
-    reversible.json                   wiring, side bits, bits behind the point
+    reversible.json                   wiring, side bits, bits behind the point; or wiring, lambda and beta
     reversible_adapter.safetensors    bottleneck adapters, if there are any: `<layer>.down.weight`, `<layer>.up.weight`
 
 peft and transformers open such a folder too, and know nothing of the streams: what they run is the model with what was
@@ -50,8 +50,12 @@ def save(folder: Path, adapter: Reversible, weights: dict[str, Tensor], *, store
         weights: adapters between the streams, by their names in the model.
         stored, dtype: how the base was stored in training, and the model's dtype.
     """
-    assert adapter.fraction_bits != "auto", "a trained model has its range"
-    told = {name: getattr(adapter, name) for name in ("wiring", "bits", "fraction_bits", "width")}
+    told: dict[str, Any]
+    if adapter.form == "float":
+        told = {"form": "float", "wiring": adapter.wiring, "factors": adapter.lambda_beta, "width": adapter.width}
+    else:
+        assert adapter.fraction_bits != "auto", "a trained model has its range"
+        told = {name: getattr(adapter, name) for name in ("wiring", "bits", "fraction_bits", "width")}
     told |= {"format": 1, "base": stored.model_dump(mode="json"), "dtype": str(dtype).removeprefix("torch.")}
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if weights:

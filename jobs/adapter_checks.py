@@ -1,4 +1,4 @@
-"""What S2A's parts and UniPT's network do not go with."""
+"""What S2A's parts, UniPT's network and reversible streams do not go with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from farspan.errors import JobError
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import ModelFacts
 from farspan.jobs.optimizers import At
-from farspan.trainer.config import S2A, UniPT
+from farspan.memory.amplification import STREAM_ROUNDING, most_layers
+from farspan.trainer.config import S2A, Reversible, UniPT
 
 
 def check_s2a(job: SFTJob, facts: ModelFacts, adapter: S2A, *, zero: int, at: At) -> None:
@@ -99,3 +100,33 @@ def check_unipt(job: SFTJob, facts: ModelFacts, adapter: UniPT, *, zero: int, at
                 why="layers of the frozen model store nothing that a plan could place, and are counted",
                 try_=f"--set {path}={allowed[0]}",
             )
+
+
+def check_streams(adapter: Reversible, at: At) -> None:
+    """Refuse what the other form of reversible streams would read, and anchors too far apart.
+
+    Raises:
+        JobError: so it is.
+    """
+    other = {"exact": ("factors", "anchor_every", "tolerance"), "float": ("bits", "fraction_bits")}[adapter.form]
+    for name in other:
+        default = Reversible.model_fields[name].default
+        if getattr(adapter, name) != default:
+            needed = "exact" if adapter.form == "float" else "float"
+            raise JobError(
+                f"adapter.{name} is not read with adapter.form={adapter.form}",
+                at=at(f"adapter.{name}"),
+                why="side bits belong to integer streams, factors and anchors to those in floating point",
+                try_=f"--set adapter.form={needed}, or leave adapter.{name} at {default}",
+            )
+    if adapter.form == "exact" or adapter.store == "inputs" or adapter.least_error <= adapter.tolerance:
+        return
+    every = adapter.anchor_every
+    fitting = max(1, most_layers(adapter.kappa, adapter.tolerance))
+    raise JobError(
+        f"streams cannot be computed back over {every} layers",
+        at=at("adapter.anchor_every"),
+        why=f"a layer multiplies their error by {adapter.kappa:.3g}: {STREAM_ROUNDING:.2g} x {adapter.kappa:.3g}^"
+        f"{every} = {adapter.least_error:.2g}, and adapter.tolerance is {adapter.tolerance:g}",
+        try_=f"--set adapter.anchor_every={fitting}, or --set adapter.form=exact",
+    )
