@@ -202,6 +202,7 @@ def export(
     run: Run,
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     merged: bool = False,
+    whole_base: bool = False,
     step: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
 ) -> int:
     """Write a checkpoint as a HF or PEFT folder, reopened and compared before it counts.
@@ -209,12 +210,13 @@ def export(
     Args:
         out: Folder to write. Left out: export/step_N in the run folder.
         merged: Fold the adapter into the weights of the base.
+        whole_base: Of a run on base=lq and the like, write the rounded base as a plain model too.
         step: Checkpoint to export. Left out: the newest.
     """
     from farspan.jobs.export import export as write
     from farspan.jobs.export import find_run
 
-    done = write(find_run(run), step=step, out=out, merged=merged)
+    done = write(find_run(run), step=step, out=out, merged=merged, whole_base=whole_base)
     for line in done.compared:
         print(f"checked  {line}")
     print(f"done: {done.kind}, {done.num_tensors} tensors, {done.size_bytes / 2**20:.1f} MiB in {done.out_dir}")

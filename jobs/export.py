@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from farspan.errors import JobError
 from farspan.trainer.adapters.config import inner
-from farspan.trainer.config import RandomModel, TrainSpec
+from farspan.trainer.config import RandomModel, TrainSpec, is_prepared
 from farspan.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def export(
-    folder: RunFolder, *, step: int | None = None, out: Path | None = None, merged: bool = False
+    folder: RunFolder,
+    *,
+    step: int | None = None,
+    out: Path | None = None,
+    merged: bool = False,
+    whole_base: bool = False,
 ) -> ExportReport:
     """Write a checkpoint of a run as a HF or PEFT folder, reopened and compared.
 
@@ -23,9 +28,10 @@ def export(
         step: which checkpoint; None: the newest.
         out: where to; None: `<run>/export/step_<n>`, with `-merged` for a merged adapter.
         merged: fold the adapter into the base's weights.
+        whole_base: write the rounded base as a plain model too.
 
     Raises:
-        JobError: no such checkpoint, or a merge without an adapter.
+        JobError: no such checkpoint, a merge without an adapter, or a base that was not rounded before the run.
         CheckpointError: the checkpoint is damaged, or what was written is not what was saved.
     """
     from farspan.trainer.checkpoint_format import read_manifest
@@ -39,6 +45,13 @@ def export(
             at="--merged",
             why="the run trained every weight, so its export is a whole model already",
             try_="leave --merged out",
+        )
+    if whole_base and (merged or not is_prepared(spec.base, spec.adapter)):
+        raise JobError(
+            "there is no rounded base to write",
+            at="--whole-base",
+            why="it is in the merged model" if merged else "the run's adapter opens on the model it was trained from",
+            try_="leave --whole-base out",
         )
     from farspan.trainer.checkpoint import with_range
     from farspan.trainer.data.store import TokenStore
@@ -57,6 +70,8 @@ def export(
         seed=spec.optim.seed,
         stored=spec.base,
         start=folder.adapter_start,
+        prepared=folder.prepared_base if is_prepared(spec.base, spec.adapter) else None,
+        whole_base=whole_base,
     )
 
 

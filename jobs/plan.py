@@ -32,6 +32,7 @@ from farspan.trainer.config import (
     PEQA,
     PV,
     S2A,
+    Base,
     LoRA,
     PaCA,
     Reversible,
@@ -233,10 +234,15 @@ def shape_of(facts: ModelFacts) -> ModelShape:
     )
 
 
+def stored_as(base: Base) -> StoredAs:
+    """What of a base its bytes depend on."""
+    return StoredAs.model_validate(base.model_dump(include=set(StoredAs.model_fields)))
+
+
 def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
     """What of a job the bytes and seconds of a step depend on."""
     adapter, coupling, inside = None, None, inner(train.adapter)
-    stored = None if isinstance(train.base, Unquantized) else StoredAs.model_validate(train.base.model_dump())
+    stored = None if isinstance(train.base, Unquantized) else stored_as(train.base)
     if isinstance(inside, PEQA):
         targets = inside.target_modules
         named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)

@@ -20,11 +20,13 @@ from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.optimizers import check_optimizer, check_zero_0, only_zero_0
 from farspan.jobs.origins import DEFAULT, Origin, dotted, leaves
+from farspan.jobs.prepared_rules import check_prepared
 from farspan.memory.config import Tiers, Tiles
 from farspan.memory.plan import Placement
 from farspan.trainer.adapters.config import inner
 from farspan.trainer.config import (
     L4Q,
+    LQ,
     NF4,
     PEQA,
     PV,
@@ -448,6 +450,8 @@ class _Resolution:
         inside = inner(self.job.adapter)
         if isinstance(inside, PEQA | PV):
             return inside.bits
+        if isinstance(self.job.base, LQ):
+            return self.job.base.bits
         if self.job.base.type == "int8":
             return 8.0
         return None if self.facts.stored_as is None and isinstance(self.job.base, Unquantized) else 4.5
@@ -461,6 +465,7 @@ class _Resolution:
         if isinstance(inner(self.job.adapter), PEQA | L4Q | PV):
             self._check_rounding(base, inner(self.job.adapter))
             return base
+        check_prepared(self.job.base, self.job.adapter, stored, self._at)
         if isinstance(base, Unquantized):
             return base
         if isinstance(inner(self.job.adapter), FullFineTune):

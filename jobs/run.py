@@ -8,7 +8,7 @@ placed. So a bad job costs a second and leaves no trace, and `--clean` deletes n
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 _ONE_RANK = Machine(nodes=({"CPU": 1.0},), cpu_memory_bytes=2**30)
 """Stands in before Ray is there: contradictions inside a job do not depend on the machine."""
+
+MATRIX_S = 6 * 3600.0
+"""A wide matrix in each of 432 formats, on one core."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def run(
                 _check_resume(folder, resolved, console)
             resolved = _with_tokens(resolved, console)
             claim.take()
+            _prepare_base(resolved, console)
             _write_job(folder, job, resolved, planned)
             _say(console, "run", str(folder.root))
             _say(console, "batch", batch_chain(resolved))
@@ -220,6 +224,24 @@ def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
     )
     check_lengths(TokenStore(tokens_dir), train.data)
     return resolved.with_tokens(str(tokens_dir))
+
+
+def _prepare_base(resolved: Resolved, console: Console) -> None:
+    """Round the base's matrices, where the job wants that done with care, or find that it was done."""
+    from farspan.cluster.tokenise import map_tasks
+    from farspan.trainer.config import is_prepared
+
+    train, gang = resolved.train, resolved.gang
+    if not is_prepared(train.base, train.adapter):
+        return
+    from farspan.trainer.bases.prepared.prepare import prepare
+
+    def on_cluster(function: Callable[[Any], Any], items: Sequence[Any], *, on_device: bool = False) -> list[Any]:
+        """One core a matrix; what needs the whole model, where a rank would be."""
+        gpus, cpus = float(on_device and gang.use_gpu), gang.cluster.cpus_per_actor if on_device else 1.0
+        return map_tasks(function, items, cpus_per_task=cpus, gpus_per_task=gpus, quiet_s=MATRIX_S, what="rounding")
+
+    prepare(train, map_tasks=on_cluster, progress=lambda line: _say(console, "base", line))
 
 
 def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved, planned: Planned | None) -> None:

@@ -239,6 +239,8 @@ class LayerForward(Ledger):
         beside = FP32 * chunk
         if base.type == "integers":
             beside += 3 * chunk  # unpacked, bit by bit
+        if base.type == "lq":
+            beside += 3 * chunk + FP32 * inputs * outputs // 16  # at most: 3 bits unpacked, scales of blocks of 16
         if base.type == "nf4":
             beside += 2 * chunk + FP32 * inputs * outputs // 64
         self.drop(self.make(f"{name} chunk", 0.0, constant=beside))

@@ -6,6 +6,7 @@ computed from these alone. Widths are elements, sizes bytes.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -135,9 +136,10 @@ class AdapterShape(Schema):
 class StoredAs(Schema):
     """How the matrices of decoder layers are stored; they are made whole, one by one, where they are used."""
 
-    type: Literal["int8", "nf4", "integers"]
-    bits: int = 4
-    """`integers`: of each, packed; scales are trained and count there."""
+    type: Literal["int8", "nf4", "integers", "lq"]
+    bits: float = 4
+    """`integers`: of each, packed; scales are trained and count there. `lq`: of a weight with all scales, what matrices
+    may take together; which of them takes how much is found when the base is prepared."""
     group: int | None = None
     double: bool = True
     """nf4: the scales of blocks of 64 are in 8 bits, with a scale for each 256 of them."""
@@ -147,8 +149,10 @@ class StoredAs(Schema):
         count = inputs * outputs
         if self.type == "int8":
             return count + 4 * outputs
+        if self.type == "lq":
+            return math.ceil(count * self.bits / 8)
         if self.type == "integers":
-            return count * self.bits // 8 + outputs * (1 if self.group is None else inputs // self.group)
+            return count * int(self.bits) // 8 + outputs * (1 if self.group is None else inputs // self.group)
         blocks = -(-count // 64)
         scales = blocks + 4 * -(-blocks // 256) + 4 if self.double else 4 * blocks
         return count // 2 + scales

@@ -10,7 +10,7 @@ from executor_models import LAYERS, Model, codes_on_rank, step_on_rank
 from sp_ranks import on_ranks
 
 from farspan.memory.plan import LayerPlan, Placement, Rows
-from farspan.trainer.bases.config import NF4, Int8
+from farspan.trainer.bases.config import LQ, NF4, Int8
 from farspan.trainer.config import (
     L4Q,
     PEQA,
@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "L4Q": {"adapter": L4Q(rank=4, bits=4)},
     "L4Q, groups": {"adapter": L4Q(rank=4, bits=3, group=16, start="lsq")},
     "LoRA on nf4": {"adapter": LORA, "base": NF4()},
+    "LoRA on lq": {"adapter": LORA, "base": LQ(bits=3.2)},
     "PaCA on int8": {"adapter": PaCA(rank=4), "base": Int8()},
     "reversible 1": {"adapter": Reversible(wiring=1, bits=3, width=8, inside=LORA)},
     "reversible 1, L4Q": {"adapter": Reversible(wiring=1, bits=3, inside=L4Q(rank=4))},

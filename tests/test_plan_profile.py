@@ -47,6 +47,7 @@ from farspan.trainer.adapters.s2a.apply import add_parts
 from farspan.trainer.bases.load import quantize
 from farspan.trainer.config import (
     L4Q,
+    LQ,
     NF4,
     PEQA,
     PV,
@@ -164,7 +165,8 @@ def decoder_layer(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if base is not None and base.type != "integers":
-        quantize(model, NF4(double=base.double) if base.type == "nf4" else Int8())
+        known: dict[str, Any] = {"nf4": NF4(double=base.double), "int8": Int8(), "lq": LQ(bits=base.bits)}
+        quantize(model, known[base.type])
     if adapter is not None and adapter.kind == "columns":
         add_columns(model, PaCA(rank=adapter.rank), seed=0)
     elif adapter is not None and adapter.kind == "biases":
@@ -240,6 +242,8 @@ def hand_on(parameter: nn.Parameter) -> None:
         ("qwen3", "fp32", LEARNED.model_copy(update={"group": 64}), 256, None),
         ("olmo2", "bf16", LEARNED, None, None),
         ("phi3", "fp32", LEARNED, None, None),
+        ("llama", "bf16", LORA, None, StoredAs(type="lq", bits=3.2)),
+        ("qwen3", "fp32", LORA, None, StoredAs(type="lq", bits=2.2)),
         ("olmo2", "bf16", None, None, None),
         ("phi3", "bf16", None, None, None),
     ],

@@ -408,6 +408,7 @@ class Checkpointer:
             seed=spec.optim.seed,
             stored=spec.base,
             start=self._folder.adapter_start,
+            prepared=spec.prepared_base,
         )
 
 

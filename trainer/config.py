@@ -6,6 +6,7 @@ The classes in the first half are written by users inside a job; `TrainSpec` at 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -24,11 +25,15 @@ from farspan.trainer.adapters.config import (
     PaCA,
     Reversible,
     UniPT,
+    inner,
 )
-from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
+from farspan.trainer.bases.config import LQ, NF4, Base, Grid, Int8, Unquantized
 from farspan.trainer.optimizers.config import COAT, LAMB, AdamW8bit, DCTAdamW, GaLore, Muon, Optim, Optimizer
+from farspan.trainer.run_folder import RunFolder
 
 __all__ = [
+    "LQ",
+    "Grid",
     "COAT",
     "LAMB",
     "NF4",
@@ -52,6 +57,14 @@ __all__ = [
     "PV",
     "Unquantized",
 ]
+PREPARED_INITS = ("lorc", "loftq", "apiq")
+"""Initialisations that are found with the rounding, before training."""
+
+
+def is_prepared(base: Base, adapter: Adapter) -> bool:
+    """Whether the base's matrices are rounded before training, together with where the adapter starts."""
+    inside = inner(adapter)
+    return isinstance(base, LQ) or (isinstance(inside, LoRA) and inside.init in PREPARED_INITS)
 
 
 class Model(Leading):
@@ -264,3 +277,8 @@ class TrainSpec(Schema):
     track: Track
     attempt: int = 1
     """1 at first, plus one for each restart; names the log folder."""
+
+    @property
+    def prepared_base(self) -> Path | None:
+        """Folder of the base that was prepared for this run (`bases.prepared`); None: it needs none."""
+        return RunFolder(Path(self.run_dir)).prepared_base if is_prepared(self.base, self.adapter) else None

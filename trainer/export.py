@@ -27,7 +27,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -42,16 +42,15 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from farspan.errors import CheckpointError
 from farspan.trainer import export_check, export_s2a, export_unipt
-from farspan.trainer.adapters import integer_files
 from farspan.trainer.adapters.lora.start import START_A, START_B, STARTED
 from farspan.trainer.adapters.paca import files as paca
 from farspan.trainer.adapters.paca.apply import COLUMNS, INDICES, add_columns, write_back
 from farspan.trainer.adapters.peqa import files as peqa
 from farspan.trainer.adapters.peqa.apply import SCALE, add_scales
-from farspan.trainer.adapters.pv.apply import coded_layers
 from farspan.trainer.adapters.reversible import files as reversible
 from farspan.trainer.adapters.reversible.files import is_bottleneck
-from farspan.trainer.bases.load import dequantize, loading_options, take_over
+from farspan.trainer.bases.load import dequantize, loading_options, prepared_options, take_over
+from farspan.trainer.bases.prepared.store import PREPARED, PreparedBase
 from farspan.trainer.checkpoint_format import MANIFEST
 from farspan.trainer.checkpoint_format import verify as verify_checkpoint
 from farspan.trainer.checkpoint_state import StateReader
@@ -72,11 +71,14 @@ from farspan.trainer.config import (
     UniPT,
     Unquantized,
 )
-from farspan.trainer.engine_codes import KIND as CODES
+from farspan.trainer.export_integers import export_integers
+from farspan.trainer.export_readme import readme
 from farspan.trainer.export_tokenizer import copy_tokenizer, tokenizer_folder
 from farspan.trainer.models import DTYPES, add_adapter
 
 SHARD_SIZE = "5GB"
+Kind: TypeAlias = Literal["full", "adapter", "merged"]
+WHOLE_BASE = "base"
 Written: TypeAlias = tuple[dict[str, tuple[int, ...]], list[str]]
 """Names and shapes on disk, and what was compared."""
 
@@ -86,7 +88,7 @@ class ExportReport:
     """An export that was written and compared."""
 
     out_dir: Path
-    kind: Literal["full", "adapter", "merged"]
+    kind: Kind
     files: tuple[str, ...]
     size_bytes: int
     num_tensors: int
@@ -114,6 +116,8 @@ def export_checkpoint(
     seed: int = 0,
     stored: Base | None = None,
     start: Path | None = None,
+    prepared: Path | None = None,
+    whole_base: bool = False,
 ) -> ExportReport:
     """Write a HF or PEFT folder from a checkpoint.
 
@@ -132,6 +136,8 @@ def export_checkpoint(
         seed: the run's, from which columns to train were drawn.
         start: where LoRA started, for an initialisation that is not zero; written beside the run's checkpoints.
         stored: how the base was stored; a merged export is of the weights that this stands for.
+        prepared: the base that was prepared for the run; goes with its adapter.
+        whole_base: write that base as a plain model too, for peft and transformers alone.
 
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another model, or what was written is not what was saved.
@@ -150,30 +156,22 @@ def export_checkpoint(
     stored = stored or Unquantized()
     streams, adapter = (adapter, adapter.inside) if isinstance(adapter, Reversible) else (None, adapter)
     job = ExportJob(
-        StateReader(checkpoint_dir), base, out_dir, model, adapter, DTYPES[dtype], verify, seed, stored, start
+        StateReader(checkpoint_dir),
+        base,
+        out_dir,
+        model,
+        adapter,
+        DTYPES[dtype],
+        verify,
+        seed,
+        stored,
+        start,
+        PreparedBase.open(prepared) if prepared is not None else None,
+        whole_base,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
-        if isinstance(adapter, FullFineTune):
-            kind, written, compared = "full", *_export_full(job)
-        elif isinstance(adapter, UniPT):
-            kind, written, compared = "adapter", *export_unipt.export_network(job, adapter, merged=merged)
-        elif isinstance(adapter, S2A) and merged:
-            kind, written, compared = "merged", *_write_plain(job, export_s2a.merge_biases(job, adapter))
-        elif isinstance(adapter, S2A):
-            kind, written, compared = "adapter", *export_s2a.export_parts(job, adapter)
-        elif isinstance(adapter, L4Q | PV):
-            kind, written, compared = "merged" if merged else "adapter", *_export_integers(job, adapter, merged=merged)
-        elif isinstance(adapter, PEQA):
-            export_scales = _export_merged_scales if merged else _export_scales
-            kind, written, compared = "merged" if merged else "adapter", *export_scales(job, adapter)
-        elif isinstance(adapter, PaCA):
-            export = _export_merged_columns if merged else _export_columns
-            kind, written, compared = "merged" if merged else "adapter", *export(job, adapter)
-        elif merged:
-            kind, written, compared = "merged", *_export_merged(job, adapter)
-        else:
-            kind, written, compared = "adapter", *_export_adapter(job, adapter)
+        kind, written, compared = _write(job, adapter, merged=merged)
         if streams is not None:
             written, compared = {**written, **_export_streams(job, streams)}, [*compared, "streams: a finite forward"]
         copy_tokenizer(tokenizer_folder(model, base, tokenizer_dir), out_dir)
@@ -183,7 +181,7 @@ def export_checkpoint(
     files = sorted(path for path in out_dir.rglob("*") if path.is_file())
     return ExportReport(
         out_dir=out_dir,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         files=tuple(path.relative_to(out_dir).as_posix() for path in files),
         size_bytes=sum(path.stat().st_size for path in files),
         num_tensors=len(written),
@@ -191,6 +189,27 @@ def export_checkpoint(
         compared=tuple(compared),
         seconds=time.monotonic() - started,
     )
+
+
+def _write(job: ExportJob, adapter: Adapter, *, merged: bool) -> tuple[Kind, dict[str, tuple[int, ...]], list[str]]:
+    """Which export it is, names and shapes on disk, and what was compared."""
+    whole: Kind = "merged" if merged else "adapter"
+    if isinstance(adapter, FullFineTune):
+        return "full", *_export_full(job)
+    if isinstance(adapter, UniPT):
+        return "adapter", *export_unipt.export_network(job, adapter, merged=merged)
+    if isinstance(adapter, S2A) and merged:
+        return whole, *write_plain(job, export_s2a.merge_biases(job, adapter))
+    if isinstance(adapter, S2A):
+        return whole, *export_s2a.export_parts(job, adapter)
+    if isinstance(adapter, L4Q | PV):
+        return whole, *export_integers(job, adapter, merged=merged)
+    if isinstance(adapter, PEQA):
+        return whole, *(_export_merged_scales if merged else _export_scales)(job, adapter)
+    if isinstance(adapter, PaCA):
+        return whole, *(_export_merged_columns if merged else _export_columns)(job, adapter)
+    assert isinstance(adapter, LoRA)
+    return whole, *(_export_merged if merged else _export_adapter)(job, adapter)
 
 
 @dataclass(frozen=True)
@@ -207,6 +226,8 @@ class ExportJob:
     seed: int
     stored: Base
     start: Path | None
+    prepared: PreparedBase | None
+    whole_base: bool
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights: names, shapes, tied weights."""
@@ -225,8 +246,10 @@ class ExportJob:
 
     def whole(self) -> PreTrainedModel:
         """The base with the weights that training saw, in plain layers."""
+        prepared = self.prepared
+        options = loading_options(self.stored, self.base) if prepared is None else prepared_options(prepared)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.base, dtype=self.dtype, attn_implementation="eager", **loading_options(self.stored, self.base)
+            self.base, dtype=self.dtype, attn_implementation="eager", **options
         )
         take_over(model)
         dequantize(model)
@@ -288,19 +311,32 @@ def _export_adapter(job: ExportJob, adapter: LoRA) -> Written:
 
     config = skeleton.peft_config["default"]
     config.base_model_name_or_path, config.revision = job.base_in_words()
+    if job.prepared is not None:
+        config.base_model_name_or_path, config.revision = _export_prepared(job, job.prepared), None
     config.inference_mode = True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(job.out_dir)
     save_file(saved, job.out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
-    (job.out_dir / "README.md").write_text(
-        _adapter_readme(config.base_model_name_or_path, job.on_hub), encoding="utf-8"
-    )
+    text = readme(config.base_model_name_or_path, is_hub_id=job.on_hub, prepared=job.prepared is not None)
+    (job.out_dir / "README.md").write_text(text, encoding="utf-8")
 
     written = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if not job.verify:
         return written, ["nothing: not asked for"]
-    return written, export_check.check_adapter(job.out_dir, job.base, saved, dtype=job.dtype)
+    return written, export_check.check_adapter(job.out_dir, job.base, saved, dtype=job.dtype, prepared=job.prepared)
+
+
+def _export_prepared(job: ExportJob, prepared: PreparedBase) -> str:
+    """The base beside its adapter, without which that means nothing; returns what peft is to open."""
+    prepared.copy_to(job.out_dir / PREPARED)
+    if not job.whole_base:
+        # no model that peft could open: with the pretrained weights it would run, and be wrong
+        return str(prepared.folder.resolve())
+    folder = job.out_dir / WHOLE_BASE
+    folder.mkdir()
+    write_plain(replace(job, out_dir=folder), job.whole())
+    return str(folder.resolve())
 
 
 def _export_columns(job: ExportJob, adapter: PaCA) -> Written:
@@ -355,36 +391,7 @@ def _export_merged_scales(job: ExportJob, adapter: PEQA) -> Written:
         scale = whole.get_submodule(name).get_parameter(SCALE)
         scale.data.copy_(job.state.tensor(f"{name}.{SCALE}", tuple(scale.shape)))
     dequantize(whole)
-    return _write_plain(job, whole)
-
-
-def _export_integers(job: ExportJob, adapter: L4Q | PV, *, merged: bool) -> Written:
-    """Returns names and shapes on disk, and what was compared."""
-    whole = job.whole()
-    add_adapter(whole, adapter, seed=job.seed)
-    trainable = {name: p for name, p in whole.named_parameters() if p.requires_grad}
-    job.require_parameters(trainable)
-    fresh = {name: p.detach().clone() for name, p in trainable.items() if not name.endswith("lora_A")}
-    for name, parameter in trainable.items():
-        parameter.data.copy_(job.state.tensor(name, tuple(parameter.shape)))
-    if all(torch.equal(trainable[name], first) for name, first in fresh.items()):
-        raise export_check.untrained(job.out_dir, "every scale is what training starts from")
-    for name, layer in coded_layers(whole).items():
-        words = layer.words()
-        words.copy_(job.state.tensor(f"{name}.{CODES}", tuple(words.shape), kind=CODES))
-    layers = integer_files.round_off(whole)
-    if merged:
-        dequantize(whole)
-        return _write_plain(job, whole)
-    tensors = integer_files.tensors_of(layers)
-    base, revision = job.base_in_words()
-    integer_files.save(
-        job.out_dir, adapter.type, adapter, base=base, revision=revision, dtype=job.dtype, tensors=tensors
-    )
-    written = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if not job.verify:
-        return written, ["nothing: not asked for"]
-    return written, export_check.check_integers(job.out_dir, job.base, adapter.type, tensors, dtype=job.dtype)
+    return write_plain(job, whole)
 
 
 def _export_merged_columns(job: ExportJob, adapter: PaCA) -> Written:
@@ -400,7 +407,7 @@ def _export_merged_columns(job: ExportJob, adapter: PaCA) -> Written:
         write_back(layer)
         for own in (COLUMNS, INDICES):
             delattr(layer, own)
-    return _write_plain(job, whole)
+    return write_plain(job, whole)
 
 
 def _export_streams(job: ExportJob, streams: Reversible) -> dict[str, tuple[int, ...]]:
@@ -483,10 +490,10 @@ def _export_merged(job: ExportJob, adapter: LoRA) -> Written:
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
         merged.config.tie_word_embeddings = False  # trained apart by modules_to_save; loading must not tie them again
         merged.tie_weights()
-    return _write_plain(job, merged)
+    return write_plain(job, merged)
 
 
-def _write_plain(job: ExportJob, model: PreTrainedModel) -> Written:
+def write_plain(job: ExportJob, model: PreTrainedModel) -> Written:
     """A whole model that everybody opens; returns names and shapes on disk, and what was compared."""
     saved = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
     _write_config(job, model)
@@ -571,15 +578,3 @@ def _base_folder(model: ModelSource, base_model_dir: Path | None) -> Path:
         why=problem,
         try_="give the run's base_model folder, which is written when training starts",
     )
-
-
-def _adapter_readme(base: str, is_hub_id: bool) -> str:
-    front = f"base_model: {base}\n" if is_hub_id else ""
-    where = (
-        f"The base model is `{base}` on the hub."
-        if is_hub_id
-        else f"The base model is a local folder, written in `adapter_config.json` as an absolute path:\n`{base}`.\n"
-        "If it moves, load the base yourself and give it to `PeftModel.from_pretrained(base, this_folder)`,\n"
-        "or change `base_model_name_or_path`."
-    )
-    return f"---\n{front}library_name: peft\n---\n\n# LoRA adapter\n\nTrained with Farspan. {where}\n"

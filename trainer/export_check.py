@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from farspan.errors import CheckpointError
 from farspan.trainer.adapters.own_files import Kind
 from farspan.trainer.bases.config import Base
+from farspan.trainer.bases.prepared.store import PREPARED, PreparedBase, open_dequantized
 from farspan.trainer.checkpoint_format import gib
 
 _FORWARD_ROWS = 16
@@ -67,8 +68,20 @@ def check_model(
     return [*done, "values bit for bit in the files", f"forward: not run, {left_out}"]
 
 
-def check_adapter(out_dir: Path, base: Path, saved: Mapping[str, Tensor], *, dtype: torch.dtype) -> list[str]:
-    """Check a PEFT folder; see `check_model`. `saved`: the adapter's tensors by their name on disk."""
+def check_adapter(
+    out_dir: Path,
+    base: Path,
+    saved: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    prepared: PreparedBase | None = None,
+) -> list[str]:
+    """Check a PEFT folder; see `check_model`.
+
+    Args:
+        saved: the adapter's tensors by their name on disk.
+        prepared: the base that it was trained on, copied beside it.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     written = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -79,7 +92,11 @@ def check_adapter(out_dir: Path, base: Path, saved: Mapping[str, Tensor], *, dty
     done.append("a non-zero adapter")
     left_out = _too_large(_base_bytes(base))
     if left_out is None:
-        whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+        if prepared is None:
+            whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+        else:
+            whole = open_dequantized(out_dir / PREPARED, source=base, attn_implementation="eager")
+            done.append(f"{len(prepared.matrices)} rounded matrices that open")
         model = PeftModel.from_pretrained(whole, out_dir, autocast_adapter_dtype=False)
         loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
         if loaded.keys() != saved.keys():

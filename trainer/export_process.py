@@ -38,6 +38,7 @@ class ExportRequest(Schema):
     seed: int = 0
     stored: Base = Unquantized()
     start: Path | None = None
+    prepared: Path | None = None
 
 
 def export_in_process(request: ExportRequest, *, timeout_s: float) -> dict[str, Any]:

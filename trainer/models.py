@@ -40,10 +40,12 @@ from farspan.trainer.adapters.s2a.apply import add_parts
 from farspan.trainer.adapters.targets import no_such_target
 from farspan.trainer.adapters.unipt.apply import add_side_network
 from farspan.trainer.attention import PackedSequence
-from farspan.trainer.bases.load import loading_options, take_over
+from farspan.trainer.bases.load import loading_options, prepared_options, take_over
+from farspan.trainer.bases.prepared.store import PreparedBase, start_adapters
 from farspan.trainer.config import (
     L4Q,
     PEQA,
+    PREPARED_INITS,
     PV,
     S2A,
     Base,
@@ -107,12 +109,19 @@ def write_random_model(
 
 
 def load_model(
-    source: str, *, revision: str | None, dtype: torch.dtype, device: torch.device, base: Base = UNQUANTIZED
+    source: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: Base = UNQUANTIZED,
+    prepared: PreparedBase | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with Farspan's attention; under ZeRO-3 (see `zero3`) each rank keeps its shard.
 
     Args:
         base: how its linear layers are stored; a checkpoint that is quantized stays as it is.
+        prepared: what they were rounded to before.
     """
     placed: dict[str, Any] = {} if _zero3_active() else {"device_map": {"": device}}
     with _quiet_transformers():
@@ -123,7 +132,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 **placed,
-                **loading_options(base, source, revision),
+                **(loading_options(base, source, revision) if prepared is None else prepared_options(prepared)),
             )
             take_over(model)
             if device.type == "cuda" and not isinstance(base, Unquantized):
@@ -305,7 +314,7 @@ def add_adapter(
         modules_to_save=list(adapter.modules_to_save) or None,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        init_lora_weights=True if adapter.init in ("default", *STARTED) else adapter.init,
+        init_lora_weights=True if adapter.init in ("default", *STARTED, *PREPARED_INITS) else adapter.init,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -402,8 +411,9 @@ def build(
     source, revision = base_source(spec)
     with zero3(spec.zero == 3, device):
         dtype = DTYPES[spec.precision]
-        causal = load_model(source, revision=revision, dtype=dtype, device=device, base=spec.base)
-        return prepare_model(
+        prepared = PreparedBase.open(spec.prepared_base) if spec.prepared_base is not None else None
+        causal = load_model(source, revision=revision, dtype=dtype, device=device, base=spec.base, prepared=prepared)
+        module, trainable = prepare_model(
             causal,
             adapter=spec.adapter,
             memory=spec.memory,
@@ -412,6 +422,9 @@ def build(
             store=store,
             density=spec.density,
         )
+        if prepared is not None:
+            start_adapters(module.model, prepared)
+        return module, trainable
 
 
 def base_source(spec: TrainSpec) -> tuple[str, str | None]:

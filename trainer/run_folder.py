@@ -1,6 +1,6 @@
 """The run folder: every path a run writes, in one place, and the atomic way to write a small file.
 
-outputs/<name>/{job.json, resolved.json, plan.json, kernels.json, adapter_start.safetensors, trace.json,
+outputs/<name>/{job.json, resolved.json, plan.json, kernels.json, adapter_start.safetensors, prepared_base/, trace.json,
                 metrics.jsonl, events.jsonl, status.json, logs/attempt_<n>/<role>-<rank>.log,
                 checkpoints/step_<n>/{manifest.json, state/, export/}, base_model/, tensorboard/, report.html}
 """
@@ -42,6 +42,11 @@ class RunFolder:
     def adapter_start(self) -> Path:
         """Where an adapter that does not start at zero started; part of every checkpoint's meaning."""
         return self.root / "adapter_start.safetensors"
+
+    @property
+    def prepared_base(self) -> Path:
+        """Matrices that were rounded before training, with where adapters start; part of every checkpoint's meaning."""
+        return self.root / "prepared_base"
 
     @property
     def trace(self) -> Path:

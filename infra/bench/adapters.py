@@ -38,7 +38,15 @@ from farspan.memory.plan import LayerPlan, Placement, Rows
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.lora import start as lora_start
 from farspan.trainer.attention import PackedSequence
-from farspan.trainer.bases.config import NF4, Base, Int8, Unquantized
+from farspan.trainer.bases.config import (
+    LQ,
+    NF4,
+    Base,
+    Int8,
+    Unquantized,
+)
+from farspan.trainer.bases.prepared.prepare import prepare
+from farspan.trainer.bases.prepared.store import PreparedBase, start_adapters
 from farspan.trainer.config import (
     COAT,
     L4Q,
@@ -48,16 +56,24 @@ from farspan.trainer.config import (
     S2A,
     AdamW8bit,
     Adapter,
+    Checkpoint,
     DCTAdamW,
+    Evaluate,
     FullFineTune,
     GaLore,
     LoRA,
+    Mesh,
+    Model,
     Muon,
     Optim,
     Optimizer,
     PaCA,
     Reversible,
+    TextData,
+    Track,
+    TrainSpec,
     UniPT,
+    is_prepared,
 )
 from farspan.trainer.engine_codes import with_codes
 from farspan.trainer.engine_in_backward import InBackwardEngine
@@ -136,6 +152,9 @@ METHODS = {
     "DoRA": Method(LORA.model_copy(update={"dora": True})),
     "LoRA on int8": Method(LORA, Int8()),
     "LoRA on nf4": Method(LORA, NF4()),
+    "LoRA at what nf4 lost (LoRC)": Method(LORA.model_copy(update={"init": "lorc"}), NF4()),
+    "LoRA on lq, 4.1 bits": Method(LORA, LQ(bits=4.127)),
+    "LoRA on lq, 2.75 bits": Method(LORA, LQ(bits=2.75)),
     "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=PACA_RATES),
     "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
     "S2A, biases": Method(S2A(), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
@@ -160,12 +179,43 @@ def domain() -> tuple[Tensor, Tensor]:
     return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in (train, held))  # type: ignore[return-value]
 
 
+@lru_cache(maxsize=8)
+def _prepared(method: Method, source: str) -> PreparedBase:
+    """Its base, decomposed here."""
+    root = Path(tempfile.mkdtemp(prefix="farspan-bench-"))
+    spec = TrainSpec(
+        run_dir=str(root / "run"),
+        tokens_dir="",
+        model=Model(source),
+        data=TextData("stdlib"),
+        adapter=method.adapter,
+        base=method.base,
+        precision="bf16",
+        mesh=Mesh(),
+        zero=0,
+        cpu_offload=False,
+        accumulation=1,
+        warmup_steps=0,
+        optim=Optim(),
+        memory=Tiles(),
+        checkpoint=Checkpoint(),
+        evaluate=Evaluate(),
+        track=Track(),
+    )
+    return PreparedBase.open(prepare(spec, cache_root=root / "cache"))
+
+
 class Run:
     """One method's model, engine and data."""
 
     def __init__(self, method: Method, seed: int, lr: float, steps: int, toy: bool) -> None:
         self.method, self.steps, self.rows = method, steps, SEQUENCES * ROWS
-        causal = load_model(str(pretrained(toy=toy)), revision=None, dtype=torch.bfloat16, device=CPU, base=method.base)
+        source, prepared = str(pretrained(toy=toy)), None
+        if is_prepared(method.base, method.adapter):
+            prepared = _prepared(method, source)
+        causal = load_model(
+            source, revision=None, dtype=torch.bfloat16, device=CPU, base=method.base, prepared=prepared
+        )
         layers = decoder_layers(causal)
         plan = LayerPlan(x=Rows(device=self.rows))
         placement = Placement(rows=self.rows, attention_rows=self.rows, layers=(plan,) * len(layers))
@@ -179,6 +229,8 @@ class Run:
                 seed=seed,
                 placement=placement if method.rebuilt else None,
             )
+        if prepared is not None:
+            start_adapters(self.module.model, prepared)
         adapter = method.adapter
         if isinstance(adapter, LoRA) and adapter.init == "pissa":
             for layer in lora_start.lora_layers(self.module.model).values():

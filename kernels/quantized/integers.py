@@ -18,10 +18,12 @@ def whole_int8(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [N, C] and fp32 [N]: the nearest of 255 steps between minus and plus the largest magnitude of the row."""
+def quantize_int8(weight: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 [N, C] and fp32 [N]: the nearest of 255 steps between minus and plus the largest magnitude of the row, or
+    the share `clip` [N] of it."""
     wide = weight.detach().float()
-    scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    largest = wide.abs().amax(1)
+    scale = (largest if clip is None else largest * clip).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (wide / scale[:, None]).round().clamp_(-127, 127).to(torch.int8), scale
 
 

@@ -123,16 +123,20 @@ class NormalFloat4:
         return made
 
 
-def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True) -> NormalFloat4:
+def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True, clip: Tensor | None = None) -> NormalFloat4:
     """Round a matrix to 4 bits.
 
     Args:
         weight: floating point, its number of elements a multiple of `block`.
         block: elements that share a scale.
         double: whether scales are quantized too.
+        clip: [rows], a block's scale is its largest magnitude times this, of the row it begins in. None: 1.
     """
     blocks = weight.detach().float().reshape(-1, block)
     scales = blocks.abs().amax(1)
+    if clip is not None:
+        begins = torch.arange(0, weight.numel(), block, device=scales.device)
+        scales = scales * clip[begins // weight.shape[1]]
     codes = nearest(blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None], normal_float_table(4))
     codes = codes.view(-1, 2)
     packed = (codes[:, 0] << 4) | codes[:, 1]

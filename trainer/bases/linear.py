@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farspan.kernels.quantized import chunk
+from farspan.kernels.quantized.formats import Format, named
 from farspan.kernels.quantized.integers import pack, quantize_int8, unpack, whole_int8
 from farspan.kernels.quantized.normal_float import NormalFloat4, quantize_nf4
-from farspan.trainer.bases.config import NF4, Base, Int8
+from farspan.kernels.quantized.two_level import TwoLevel, quantize_two_level
+from farspan.trainer.bases.config import LQ, NF4, Base, Int8
+
+TWO_LEVEL = ("codes", "scale_codes", "steps", "offset")
 
 
 class QuantizedLinear(nn.Linear):
@@ -47,6 +51,20 @@ class QuantizedLinear(nn.Linear):
     def node_of(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's autograd node around an output that is at hand."""
         return _FrozenGiven.apply(x, y, self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        """Moved, but never cast: scales are part of the stored bits, and engines make whole models bf16."""
+        plain = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        for name, dtype in dtypes.items():
+            if dtype in plain:
+                self._buffers[name] = self._buffers[name].view(plain[dtype])  # type: ignore[union-attr]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, dtype in dtypes.items():
+                self._buffers[name] = self._buffers[name].view(dtype)  # type: ignore[union-attr]
+        return self
 
     @property
     def stored_bytes(self) -> int:
@@ -157,11 +175,71 @@ class IntegerLinear(QuantizedLinear):
         return out
 
 
-def quantized(weight: Tensor, base: Base, bias: nn.Parameter | None) -> QuantizedLinear:
-    """A layer with this matrix, rounded as `base` says."""
-    if isinstance(base, NF4):
-        return NF4Linear(
-            (weight.shape[0], weight.shape[1]), quantize_nf4(weight, double=base.double), bias, weight.dtype
+class TwoLevelLinear(QuantizedLinear):
+    """See `kernels.quantized.two_level`."""
+
+    def __init__(self, shape: tuple[int, int], stored: TwoLevel, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__(shape[1], shape[0], bias, dtype)
+        self.format = stored.format
+        for name in TWO_LEVEL:
+            self.register_buffer(name, getattr(stored, name))
+
+    def whole(self) -> Tensor:
+        parts: dict[str, Any] = {name: getattr(self, name) for name in TWO_LEVEL}
+        return TwoLevel(**parts, format=self.format).values((self.out_features, self.in_features), self.dtype)
+
+
+def quantized(
+    weight: Tensor, how: Base | Format, bias: nn.Parameter | None, clip: Tensor | None = None
+) -> QuantizedLinear:
+    """A layer with this matrix, rounded as `how` says.
+
+    Args:
+        clip: fp32 [rows], the share of its largest magnitude that a scale is; None: 1.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    if isinstance(how, LQ):
+        how = how.uniform
+    if isinstance(how, Format):
+        return TwoLevelLinear(shape, quantize_two_level(weight, how, clip), bias, weight.dtype)
+    if isinstance(how, NF4):
+        return NF4Linear(shape, quantize_nf4(weight, double=how.double, clip=clip), bias, weight.dtype)
+    assert isinstance(how, Int8), how
+    return Int8Linear(*quantize_int8(weight, clip), bias, weight.dtype)
+
+
+def stored_parts(layer: QuantizedLinear) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `restored` needs: plain values, and tensors."""
+    told: dict[str, Any] = {"kind": type(layer).__name__, "shape": [layer.out_features, layer.in_features]}
+    if isinstance(layer, TwoLevelLinear):
+        told["format"] = layer.format.name
+    if isinstance(layer, NF4Linear):
+        told["block"] = layer.block
+    return told, dict(layer.named_buffers(recurse=False))
+
+
+def restored(
+    told: dict[str, Any], tensors: dict[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype
+) -> QuantizedLinear:
+    """A layer from what `stored_parts` gave.
+
+    Raises:
+        KeyError: it is of no kind known here, or a tensor is missing.
+    """
+    shape = (told["shape"][0], told["shape"][1])
+    if told["kind"] == "TwoLevelLinear":
+        codes, scale_codes, steps, offset = (tensors[name] for name in TWO_LEVEL)
+        two_level = TwoLevel(codes, scale_codes, steps, offset, named(told["format"]))
+        return TwoLevelLinear(shape, two_level, bias, dtype)
+    if told["kind"] == "NF4Linear":
+        stored = NormalFloat4(
+            tensors["packed"],
+            tensors["scales"],
+            tensors.get("scales_scale"),
+            tensors.get("scales_mean"),
+            told["block"],
         )
-    assert isinstance(base, Int8), base
-    return Int8Linear(*quantize_int8(weight), bias, weight.dtype)
+        return NF4Linear(shape, stored, bias, dtype)
+    if told["kind"] == "Int8Linear":
+        return Int8Linear(tensors["integers"], tensors["scale"], bias, dtype)
+    raise KeyError(f"kind {told['kind']!r}")

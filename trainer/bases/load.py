@@ -23,6 +23,7 @@ from farspan.kernels.quantized.normal_float import NormalFloat4
 from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.bases.config import NF4, Base, Unquantized
 from farspan.trainer.bases.linear import NF4Linear, QuantizedLinear, quantized
+from farspan.trainer.bases.prepared.store import PreparedBase
 
 METHOD = "farspan"
 
@@ -35,13 +36,19 @@ def loading_options(base: Base, source: str | Path, revision: str | None = None)
     return {} if told.get("quantization_config") else {"quantization_config": _Config(base)}
 
 
+def prepared_options(prepared: PreparedBase) -> dict[str, Any]:
+    """For `from_pretrained` of the model that a base was prepared from: its matrices are read, and not used."""
+    return {"quantization_config": _Config(prepared)}
+
+
 class _Config(QuantizationConfigMixin):
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base | PreparedBase) -> None:
         self.quant_method = METHOD
         self.base = base
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **self.base.model_dump(mode="json")}
+        told = {"type": "prepared"} if isinstance(self.base, PreparedBase) else self.base.model_dump(mode="json")
+        return {"quant_method": METHOD, **told}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {}
@@ -65,7 +72,10 @@ class _Quantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes: what transformers sizes its warm-up of the GPU's allocator by."""
-        return 0.5 if isinstance(self.quantization_config.base, NF4) else 1.0
+        base = self.quantization_config.base
+        if isinstance(base, PreparedBase):
+            return base.bits_per_weight / 8
+        return 0.5 if isinstance(base, NF4) else 1.0
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config.base)
@@ -79,7 +89,7 @@ class _Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base | PreparedBase) -> None:
         self.base = base
 
     def convert(
@@ -94,7 +104,10 @@ class _Quantize(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             name = (full_layer_name or param_name).removesuffix(".weight")
             layer = model.get_submodule(name)
-            made = quantized(weight, self.base, layer.bias)
+            if isinstance(self.base, PreparedBase):
+                made = self.base.layer(name, layer.bias, weight.dtype, weight.device)
+            else:
+                made = quantized(weight, self.base, layer.bias)
             made._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, made)
             if missing_keys is not None:
@@ -139,6 +152,13 @@ def take_over(model: nn.Module) -> NF4 | None:
         model.set_submodule(name, NF4Linear(tuple(state.shape), stored, bias, state.dtype))
         found = NF4(double=double)
     return found
+
+
+def take_in(model: nn.Module, prepared: PreparedBase) -> None:
+    """Put prepared matrices into a model that is there already."""
+    for name in prepared.matrices:
+        plain: Any = model.get_submodule(name)
+        model.set_submodule(name, prepared.layer(name, plain.bias, plain.weight.dtype, plain.weight.device))
 
 
 def quantize(model: nn.Module, base: Base) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from farspan.schema import Ratio, Schema
+from farspan.schema import Count, Ratio, Schema
 
 
 class LoRA(Schema):
@@ -29,11 +29,21 @@ class LoRA(Schema):
     dora: bool = False
     """Train the length of each row of the adapted matrix apart from its direction. Runs by peft's own forward, whose
     cost has to be measured. Source: Liu et al., DoRA, 2024."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"] = "default"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "lorc", "loftq", "apiq"] = "default"
     """How A and B start: peft's uniform, normal, or orthogonal halves whose product is zero; or not at zero, from the
     weights (`pissa`, `olora`) or from the gradient of some packs (`lora_ga`), with a frozen second pair that takes the
-    start off again. The base stays as it is; such an adapter is exported with twice the rank."""
+    start off again. The base stays as it is; such an adapter is exported with twice the rank. On a base in nf4 or int8,
+    where rounding left off: at the singular vectors of what it lost (`lorc`, ZeroQuant-V2), or with the rounding in
+    turns (`loftq`). On `base=lq` the default is the low-rank part of its decomposition. `apiq`, on all three, fits
+    scales, A and B to what layers put out on some of the data, with inputs from the layers that are rounded already."""
+    init_rounds: int = Field(default=5, ge=1)
+    """loftq, apiq: roundings, each followed by a low-rank part; the best is kept."""
+    init_tokens: Count = Field(default=1024, ge=2)
+    """apiq: of a sequence at most."""
+    saliency: float = Field(default=0.0, ge=0)
+    """apiq: how much weights shall stay what they were, in squares weighted by squared gradients, beside what layers
+    put out; 0: not at all. Source: Cao & Aref, Saliency-Aware Partial Retraining, 2025."""
     gamma: float = Field(default=16.0, gt=0)
     """lora_ga: A and B start at out^(1/4) / sqrt(gamma)."""
     init_packs: int = Field(default=8, ge=1)
-    """lora_ga: packs whose gradient is taken before the first step, all dp groups together."""
+    """lora_ga: packs whose gradient is taken before the first step, all dp groups together; apiq: sequences."""

@@ -28,7 +28,8 @@ from farspan.trainer.adapters.peqa import files as peqa
 from farspan.trainer.adapters.reversible.apply import CHILD, couple
 from farspan.trainer.adapters.reversible.config import Reversible
 from farspan.trainer.bases.config import Base
-from farspan.trainer.bases.load import loading_options, quantize, take_over
+from farspan.trainer.bases.load import loading_options, prepared_options, quantize, take_in, take_over
+from farspan.trainer.bases.prepared.store import INDEX, PREPARED, PreparedBase
 
 CONFIG, WEIGHTS = "reversible.json", "reversible_adapter.safetensors"
 
@@ -101,11 +102,18 @@ def load(folder: Path | str, *, base: Any = None, dtype: torch.dtype | str = "au
     elif (folder / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 
-        if base is None:
+        prepared = PreparedBase.open(folder / PREPARED) if (folder / PREPARED / INDEX).exists() else None
+        if base is None and prepared is not None:
+            source, revision = prepared.told["source"], prepared.told["revision"]
+            options |= prepared_options(prepared)
+            base = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, **options)
+        elif base is None:
             where = PeftConfig.from_pretrained(folder)
             name = str(where.base_model_name_or_path)
             options |= loading_options(stored, name, where.revision)
             base = AutoModelForCausalLM.from_pretrained(name, revision=where.revision, dtype=dtype, **options)
+        elif prepared is not None:
+            take_in(base, prepared)
         else:
             quantize(base, stored)
         take_over(base)

@@ -1,0 +1,1 @@
+"""Bases whose rounding is decided before training, matrix by matrix, together with where the adapter starts."""
