@@ -230,7 +230,7 @@ class Checkpointer:
             error = met
         ranks.raise_first(error)
         assert manifest is not None
-        held = ranks.gather({(f.kind, f.name): tuple(f.shape) for f in fragments if f.kind in STATE_KINDS})
+        held = ranks.gather({(f.kind, f.name): tuple(f.shape) for f in fragments})
         _require_same_parameters(path, manifest, {key: shape for part in held for key, shape in part.items()})
         try:
             StateReader(path).read(fragments)
