@@ -36,6 +36,13 @@ def test_the_best_of_all(table: list[list[Choice]], budget: int) -> None:
     assert found.error <= best + 2e-4 * max(best, 1e-6), "HiGHS closes the gap to 1e-4"
 
 
+def test_where_the_best_step_first_is_not_the_best() -> None:
+    """One step of 6 bytes gains most for a byte; the two of 5 that it shuts out gain more together."""
+    table = [[Choice(10.0, 1), Choice(4.0, 7)], *[[Choice(10.0, 1), Choice(5.5, 6)]] * 2]
+    found = allocate(table, 13)
+    assert found.chosen == (0, 1, 1) and found.error == 21.0 and found.bound == pytest.approx(21.0)
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_matrices_of_a_large_model(share: float) -> None:
     """224 matrices in 432 formats: within a thousandth of the bound, and never beyond the budget."""

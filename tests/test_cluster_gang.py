@@ -207,6 +207,11 @@ def test_map_tasks(session: Session, tmp_path: Path) -> None:
         map_tasks(divide_by, [1, 0])
     assert "task 2 of 2" in str(failed.value)
     assert "ZeroDivisionError" in str(failed.value)
+    with pytest.raises(RunFailed, match="rounding task 1 of 1 failed"):
+        map_tasks(divide_by, [0], what="rounding")
+    with pytest.raises(ClusterNotReady, match="no node can run a rounding task") as none:
+        map_tasks(square, [1], gpus_per_task=1.0, what="rounding")
+    assert "1 CPU and 1 GPU" in str(none.value)
     mark = str(tmp_path / "mark")
     assert map_tasks(die_once, [mark]) == ["mark"], "a lost worker's task runs again"
 

@@ -13,6 +13,7 @@ from test_jobs_resolve import done, make
 
 from farspan import PEQA, SFTJob
 from farspan.errors import JobError
+from farspan.jobs.facts import model_facts
 from farspan.jobs.load import load
 from farspan.jobs.optimizers import optimizer_shape
 from farspan.jobs.plan import training_of
@@ -192,7 +193,7 @@ def test_plans_of_jobs_have_their_optimizer(tmp_path: Path) -> None:
     assert job.optim == DCTAdamW(lr=0.001, steps=7, rank=16, feedback="4bit", every=3)
     assert load(str(tmp_path / "job.yaml"), ["optim=coat"]).job.optim == COAT(lr=0.001, steps=7)
     assert load(str(tmp_path / "job.yaml"), []).job.optim == Optim(lr=0.001, steps=7)
-    shape = training_of(done(job, cpus=4).train).optimizer
+    shape = training_of(done(job, cpus=4).train, model_facts(job.model)).optimizer
     assert (shape.type, shape.rank, shape.feedback_bits, shape.every) == ("dct_adamw", 16, 4, 3)
     with pytest.raises(JobError, match="is of type adamw, which has no `momentum`"):
         load(str(tmp_path / "job.yaml"), ["optim.momentum=0.9"])
