@@ -109,6 +109,23 @@ def check_adapter(
     return [*done, "values bit for bit in the files", f"forward: not run, {left_out}"]
 
 
+def _compared(
+    out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, stored: Base | None = None
+) -> tuple[list[str], Any]:
+    """Compare the file with what was saved; what was done, and the base to open it on: None, and why, where it is too
+    large for this machine."""
+    from farspan.trainer.bases.load import loading_options
+
+    with _Files(out_dir) as files:
+        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
+    done = [f"{len(tensors)} tensors bit for bit in the file"]
+    left_out = _too_large(_base_bytes(base))
+    if left_out is not None:
+        return [*done, f"forward: not run, {left_out}"], None
+    options = loading_options(stored, base) if stored is not None else {}
+    return done, AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+
+
 def check_columns(
     out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, stored: Base
 ) -> list[str]:
@@ -119,16 +136,11 @@ def check_columns(
         stored: how the base was stored in training.
     """
     from farspan.trainer.adapters.paca.files import load
-    from farspan.trainer.bases.load import dequantize, loading_options, take_over
+    from farspan.trainer.bases.load import dequantize, take_over
 
-    with _Files(out_dir) as files:
-        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
-    done = [f"{len(tensors)} tensors bit for bit in the file"]
-    left_out = _too_large(_base_bytes(base))
-    if left_out is not None:
-        return [*done, f"forward: not run, {left_out}"]
-    options = loading_options(stored, base)
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+    done, whole = _compared(out_dir, base, tensors, dtype=dtype, stored=stored)
+    if whole is None:
+        return done
     take_over(whole)
     dequantize(whole)
     names = [name.removesuffix(".columns") for name in tensors if name.endswith(".columns")]
@@ -148,13 +160,9 @@ def check_scales(out_dir: Path, base: Path, tensors: Mapping[str, Tensor], *, dt
     """Check a folder with trained scales; see `check_model`."""
     from farspan.trainer.adapters.peqa.files import load
 
-    with _Files(out_dir) as files:
-        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
-    done = [f"{len(tensors)} tensors bit for bit in the file"]
-    left_out = _too_large(_base_bytes(base))
-    if left_out is not None:
-        return [*done, f"forward: not run, {left_out}"]
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    done, whole = _compared(out_dir, base, tensors, dtype=dtype)
+    if whole is None:
+        return done
     model: Any = load(out_dir, base=whole)
     there = dict(model.named_parameters())
     fresh = {name: model.get_submodule(name.removesuffix(".scale")).fresh_scale for name in tensors}
@@ -171,18 +179,12 @@ def check_network(
     """Check a folder with a side network; see `check_model`."""
     from farspan.trainer.adapters.unipt.apply import CHILD
     from farspan.trainer.adapters.unipt.files import load
-    from farspan.trainer.bases.load import loading_options
 
-    with _Files(out_dir) as files:
-        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
-    done = [f"{len(tensors)} tensors bit for bit in the file"]
     if not bool(tensors["up"].any()):
         raise _off(out_dir, "the last matrix is zero, so the network adds nothing: it was not trained or not saved")
-    left_out = _too_large(_base_bytes(base))
-    if left_out is not None:
-        return [*done, f"forward: not run, {left_out}"]
-    options = loading_options(stored, base)
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+    done, whole = _compared(out_dir, base, tensors, dtype=dtype, stored=stored)
+    if whole is None:
+        return done
     model: Any = load(out_dir, base=whole)
     _check_values(out_dir, tensors, lambda name: model.get_parameter(f"{CHILD}.{name}"), tensors.__getitem__)
     _check_forward(out_dir, model)
@@ -194,18 +196,12 @@ def check_parts(
 ) -> list[str]:
     """Check a folder with S2A's parts; see `check_model`."""
     from farspan.trainer.adapters.s2a.files import PROMPT, load
-    from farspan.trainer.bases.load import loading_options
 
-    with _Files(out_dir) as files:
-        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
-    done = [f"{len(tensors)} tensors bit for bit in the file"]
     if not any(bool(tensor.any()) for tensor in tensors.values()):
         raise _off(out_dir, "every bias and side module is zero, so the adapter changes nothing")
-    left_out = _too_large(_base_bytes(base))
-    if left_out is not None:
-        return [*done, f"forward: not run, {left_out}"]
-    options = loading_options(stored, base)
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager", **options)
+    done, whole = _compared(out_dir, base, tensors, dtype=dtype, stored=stored)
+    if whole is None:
+        return done
     model: Any = load(out_dir, base=whole)
     if PROMPT in tensors:
         there = model.get_prompt_embedding_to_save("default")
@@ -221,13 +217,9 @@ def check_integers(
     """Check a folder with matrices of integers; see `check_model`. `tensors`: by their name on disk."""
     from farspan.trainer.adapters.integer_files import load
 
-    with _Files(out_dir) as files:
-        _check_values(out_dir, tensors, files.tensor, tensors.__getitem__)
-    done = [f"{len(tensors)} tensors bit for bit in the file"]
-    left_out = _too_large(_base_bytes(base))
-    if left_out is not None:
-        return [*done, f"forward: not run, {left_out}"]
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+    done, whole = _compared(out_dir, base, tensors, dtype=dtype)
+    if whole is None:
+        return done
     model: Any = load(out_dir, kind, base=whole)
     there = dict(model.named_buffers())
     _check_values(out_dir, tensors, there.__getitem__, tensors.__getitem__)

@@ -303,6 +303,11 @@ def add_adapter(
     if isinstance(adapter, PaCA):
         add_columns(model, adapter, seed=seed)
         return model
+    return _add_lora(model, adapter, seed=seed)
+
+
+def _add_lora(model: PreTrainedModel, adapter: LoRA, *, seed: int) -> nn.Module:
+    """peft's model, its layers run our way."""
     from peft import LoraConfig, get_peft_model
 
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)

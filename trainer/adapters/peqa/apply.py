@@ -8,7 +8,8 @@ needs the input, and makes the gradient of W some rows at a time.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from farspan.memory.operators.stored import Stored, stored
 from farspan.trainer.adapters.peqa.config import PEQA
 from farspan.trainer.adapters.targets import target_linears
 from farspan.trainer.bases.linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from farspan.trainer.adapters.pv.config import PV
 
 SCALE = "scale"
 """Name of the trained parameter. fp32 [N, groups]."""
@@ -122,13 +126,21 @@ def add_scales(model: nn.Module, adapter: PEQA) -> list[str]:
     Raises:
         JobError: rows do not split into such groups or bytes, or no layer matches.
     """
+    return replace_rounded(model, adapter, lambda layer: PeqaLinear(layer, adapter.bits, adapter.group))
+
+
+def replace_rounded(model: nn.Module, adapter: PEQA | PV, made: Callable[[nn.Linear], nn.Module]) -> list[str]:
+    """Freeze the model and put what rounds them in the place of its linear layers; returns their names.
+
+    Raises:
+        JobError: rows do not split into such groups or bytes, or no layer matches.
+    """
     targets = target_linears(model, adapter.target_modules)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in targets.items():
         require_split(name, layer, adapter.group)
-        made = PeqaLinear(layer, adapter.bits, adapter.group)
-        model.set_submodule(name, made)
+        model.set_submodule(name, made(layer))
     return list(targets)
 
 

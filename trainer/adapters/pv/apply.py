@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from farspan.memory.operators import Stored, stored
-from farspan.trainer.adapters.peqa.apply import PeqaLinear, require_split
+from farspan.trainer.adapters.peqa.apply import PeqaLinear, replace_rounded
 from farspan.trainer.adapters.pv.choose import Changes, Largest, change
 from farspan.trainer.adapters.pv.config import PV
-from farspan.trainer.adapters.targets import target_linears
 from farspan.trainer.bases.linear import IntegerLinear
 
 WORD = 4
@@ -128,13 +127,7 @@ def add_codes(model: nn.Module, adapter: PV) -> list[str]:
     Raises:
         JobError: rows do not split into such groups or bytes, or no layer matches.
     """
-    targets = target_linears(model, adapter.target_modules)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name, layer in targets.items():
-        require_split(name, layer, adapter.group)
-        model.set_submodule(name, PVLinear(layer, adapter))
-    return list(targets)
+    return replace_rounded(model, adapter, lambda layer: PVLinear(layer, adapter))
 
 
 def coded_layers(model: nn.Module) -> dict[str, PVLinear]:
