@@ -187,10 +187,7 @@ def error_line(planned: Planned) -> str | None:
 
 def stored_name(name: str, problem: PlanProblem) -> str:
     """What a tensor class of a placement is called."""
-    if name != "x" or not problem.reversible:
-        return name
-    # of streams in floating point few layers store something, and it is no bits
-    return "streams" if min(kind.stored_x_bytes for kind in problem.kinds) == 0 else "side bits"
+    return problem.input_stored_as if name == "x" and problem.reversible else name
 
 
 def _kind_of(operator: str) -> str:

@@ -210,6 +210,14 @@ class PlanProblem(Schema):
     saved: Saved = "device"
     """Where the numbers of `kinds` have autograd's saved tensors wait; `saving` makes one from the other."""
 
+    @property
+    def input_stored_as(self) -> str:
+        """What stands for a layer's input, in words."""
+        if not self.reversible:
+            return "input"
+        # of streams in floating point few layers store something, and it is no bits
+        return "streams" if min(kind.stored_x_bytes for kind in self.kinds) == 0 else "side bits"
+
     def kind(self, layer: int) -> LayerKind:
         return next(kind for kind in self.kinds if kind.name == self.layers[layer])
 

@@ -193,8 +193,7 @@ class Search:
         return fits
 
     def kind(self, placement: Placement, policy: str) -> str:
-        found = kind_of(placement, policy)
-        return found.replace("from its input", "from its side bits") if self.problem.reversible else found
+        return kind_of(placement, policy).replace("from its input", f"from its {self.problem.input_stored_as}")
 
     def value(self, shape: Shape) -> float:
         """Seconds a shape takes by its program."""
