@@ -100,6 +100,7 @@ def request_of(job: SFTJob, train: TrainSpec, facts: ModelFacts, gradients: str)
             "memory": {**train.memory.model_dump(), "mlp_tile": tile or "off"},
             "context": train.data.context,
             "sp": train.mesh.sp,
+            "exchange": train.exchange,
             "kinds": tuple(shape.form(layer).name for layer in range(shape.layers)),
             "gradients": gradients,
             "disk_dir": folder,

@@ -28,6 +28,7 @@ from farspan.memory.shape import AdapterShape, CouplingShape, ModelShape, Stored
 from farspan.memory.solve import Alternative, Solution, longest, solve
 from farspan.trainer.adapters.config import inner
 from farspan.trainer.config import (
+    AMAQ,
     L4Q,
     PEQA,
     PV,
@@ -67,6 +68,8 @@ class Planned:
     """Of all ranks together; 0 where nobody asked."""
     activations: str = "autograd"
     """What layers keep of norms and gated units, as in `memory.activations`."""
+    exchange_bits: float | None = None
+    """Of a channel that crosses ranks in codes."""
     tiled_s: float | None = None
     """A step with `memory.mlp_tile` at `MLP_TILE`, where that would be quicker; worked out only where it is likely."""
 
@@ -125,11 +128,21 @@ def plan(
             solution,
             calibration,
             activations=train.memory.activations,
+            exchange_bits=training_of(train, facts).exchange_bits,
             tiled_s=tiled_s,
         )
     placement = fixed_policy(problem, policy)
-    prediction, kept_as = evaluate(problem, placement), train.memory.activations
-    return Planned(policy, hardware, problem, placement, prediction, None, calibration, activations=kept_as)
+    return Planned(
+        policy,
+        hardware,
+        problem,
+        placement,
+        evaluate(problem, placement),
+        None,
+        calibration,
+        activations=train.memory.activations,
+        exchange_bits=training_of(train, facts).exchange_bits,
+    )
 
 
 def is_scarce(job: SFTJob, train: TrainSpec, facts: ModelFacts, hardware: Hardware) -> bool:
@@ -307,6 +320,7 @@ def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
         micro_batches=train.accumulation,
         activations=train.memory.activations,
         optimizer=optimizer_shape(train.optim),
+        exchange_bits=train.exchange.bits if isinstance(train.exchange, AMAQ) else None,
         density=train.density.weight > 0,
     )
 

@@ -109,7 +109,7 @@ def show(planned: Planned, *, console: Console, longest_tokens: int | None = Non
 
     if (line := kept_line(planned)) is not None:
         console.print(line, highlight=False)
-    if (line := error_line(planned)) is not None:
+    for line in error_lines(planned):
         console.print(line, highlight=False)
     if planned.solution is not None:
         console.print(f"bottleneck: {planned.solution.bottleneck}", highlight=False)
@@ -183,6 +183,26 @@ def error_line(planned: Planned) -> str | None:
         f"activations in {kept_as}: gradients of a layer's trained weights are off by {weights:.1%}, of its input by "
         f"{inputs:.1%}; measured on random weights, every run measures its own at start"
     )
+
+
+def exchange_line(planned: Planned) -> str | None:
+    """What codes between ranks cost in accuracy of gradients."""
+    if planned.exchange_bits is None:
+        return None
+    what = f"attention's exchange in {planned.exchange_bits:g} bits"
+    found = [kind.exchange_error for kind in planned.problem.kinds if kind.exchange_error is not None]
+    if not found:
+        return f"{what}: gradients are off by what was not measured here (farspan plan JOB --measure)"
+    weights, inputs = max(e.weights or 0.0 for e in found), max(e.input for e in found)
+    return (
+        f"{what}, before they are learned: gradients of a layer's trained weights are off by {weights:.1%}, of its "
+        f"input by {inputs:.1%}; measured on random weights, every run measures its own at start"
+    )
+
+
+def error_lines(planned: Planned) -> list[str]:
+    """What codes cost in accuracy of gradients, a line for each place that has them."""
+    return [line for line in (error_line(planned), exchange_line(planned)) if line is not None]
 
 
 def stored_name(name: str, problem: PlanProblem) -> str:
@@ -263,6 +283,11 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "tiled_s": planned.tiled_s,
         "kept_tensors": kept_tensors(planned),
         "gradient_errors": gradient_errors(planned),
+        "exchange_errors": {
+            kind.name: kind.exchange_error.model_dump(mode="json")
+            for kind in planned.problem.kinds
+            if kind.exchange_error is not None
+        },
         "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:

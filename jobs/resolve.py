@@ -178,6 +178,7 @@ class _Resolution:
         self.ranks = Demand(ranks=1, bundle=bundle, strategy=job.cluster.placement).room(machine.nodes)
         self.degrees, self.limit, self.why_sp = list[int](), "", ""
         self.sp = self._sp(sp)
+        self._check_exchange()
         self.dp = self._dp()
         self.tokens = self._tokens_per_step()
         self.accumulation = self.tokens // (job.data.context * self.dp)
@@ -200,6 +201,7 @@ class _Resolution:
             base=self.base,
             precision=job.precision,
             mesh=Mesh(dp=self.dp, sp=self.sp),
+            exchange=job.parallel.exchange,
             zero=self.zero,  # type: ignore[arg-type]  # 0, 2 or 3, or what the job's own Literal let through
             cpu_offload=job.parallel.cpu_offload,
             addresses=job.memory.addresses,
@@ -253,6 +255,18 @@ class _Resolution:
             self._decide("parallel.sp", 1, self.limit)
         return 1
 
+    def _check_exchange(self) -> None:
+        exchange = self.job.parallel.exchange
+        if exchange.type == "exact" or self.sp > 1:
+            return
+        raise JobError(
+            "nothing crosses ranks in this job",
+            at=self._at("parallel.exchange"),
+            why=f"sp is 1 ({self.why_sp or 'asked for'}), so every rank attends to its own rows and there is nothing "
+            "to send in fewer bits",
+            try_="--set parallel.sp=2 or more, or --set parallel.exchange.type=exact",
+        )
+
     def _sp(self, chosen: int | None) -> int:
         heads, asked = self.facts.heads, self.job.parallel.sp
         if self.facts.linear_layers:
@@ -285,6 +299,8 @@ class _Resolution:
             why += f"; none above 1 divides {heads} heads, so a rank has {heads // most} or {-(-heads // most)} of them"
         elif self.degrees[0] < most:
             why += f"; {self.degrees[0]} divides {heads} heads and uses the most ranks"
+        if self.job.parallel.exchange.type != "exact" and self.degrees[-1] == 1:
+            self.degrees = self.degrees[:-1] or [1]
         sp = chosen or self.degrees[0]
         self.why_sp = f"{why}; {-(-context // sp)} rows on each rank"
         self._decide("parallel.sp", sp, self.why_sp)

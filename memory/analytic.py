@@ -247,6 +247,10 @@ def _adapters_s(shape: ModelShape, training: Training, hardware: Hardware) -> tu
     return (0.0, once_s) if training.adapter.kind == "columns" else (once_s, 2 * once_s)
 
 
+CODING_BYTES = 160
+"""Memory traffic of an element that crosses ranks in codes, as torch encodes and decodes it, counted at 4 bits."""
+
+
 def exchange_amount(
     shape: ModelShape, training: Training, hardware: Hardware, layer_bytes: int | None = None
 ) -> Amount:
@@ -259,8 +263,11 @@ def exchange_amount(
     if training.zero == 3 and training.world_size > 1:
         others = (training.world_size - 1) / training.world_size
         constant = (training.width_bytes * shape.layer_parameters if layer_bytes is None else layer_bytes) * others
-    rate = hardware.all_to_all_bytes_per_s
-    return Amount(constant=constant / rate, per_row=per_row / rate)
+    rate, coding_s = hardware.all_to_all_bytes_per_s, 0.0
+    if training.exchange_bits is not None:
+        coding_s = per_row / training.width_bytes * CODING_BYTES / hardware.memory_bytes_per_s
+        per_row *= training.exchange_bits / (8 * training.width_bytes)
+    return Amount(constant=constant / rate, per_row=per_row / rate + coding_s)
 
 
 def _head(shape: ModelShape, training: Training, hardware: Hardware, working_set: WorkingSet) -> HeadProfile:

@@ -114,6 +114,7 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
         gradient_bytes=kind.gradient_bytes,
         saved=kind.saved,
         gradient_error=kind.gradient_error,
+        exchange_error=kind.exchange_error,
         on_host=None if kind.on_host is None else _on_host(kind.on_host, rows),
     )
 

@@ -127,6 +127,8 @@ class LayerAllocations(_Layer):
         self.backward_as_kept(call(self.leaf()))
         sample.saved = kept_tensors(self.layer, call, x)
         sample.gradient_error = gradient_error(self.layer, call, x)
+        if subject.exactly is not None:
+            sample.exchange_error = gradient_error(self.layer, call, x, without=subject.exactly)
         self.o = self._inputs()
         self._plain()
         self._keep()

@@ -57,7 +57,7 @@ class SavedTensor(Schema):
 
 
 class GradientError(Schema):
-    """How far codes of saved activations turn a layer's gradients, relative to those without."""
+    """How far codes turn a layer's gradients, relative to those without."""
 
     weights: float | None
     """Of all trained parameters together; None: none is trained."""
@@ -109,6 +109,8 @@ class LayerKind(Schema):
     """What `keep_bytes` is made of, for people to read; empty where nobody counted it."""
     gradient_error: GradientError | None = None
     """None: activations are not kept in codes, or nobody measured."""
+    exchange_error: GradientError | None = None
+    """The same of what crosses ranks in codes."""
     on_host: OnHost | None = None
     """None: saved tensors can only wait on the device."""
     keep_host_bytes: int = 0

@@ -145,6 +145,7 @@ class KindProfile(Schema):
     saved: tuple[SavedTensor, ...] = ()
     """What `keep_bytes` is made of, largest first."""
     gradient_error: GradientError | None = None
+    exchange_error: GradientError | None = None
     weights: Weights | None = None
     """Of one layer, where it was measured."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -43,6 +44,7 @@ class Subject(NamedTuple):
         set_tile: sets the rows of every tile (loss, MLP); None: those of the job again.
         hollow: as for the executor.
         gradients: what becomes of them in training.
+        exactly: inside, everything crosses ranks as it is; None: it does so anyway.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Subject(NamedTuple):
     set_tile: Callable[[int | None], None]
     hollow: bool
     gradients: Gradients
+    exactly: Callable[[], AbstractContextManager[None]] | None = None
 
 
 @dataclass
@@ -66,6 +69,7 @@ class LayerSample:
     linear_bytes_per_row: dict[str, float] = field(default_factory=dict)
     saved: list[SavedTensor] = field(default_factory=list)
     gradient_error: GradientError | None = None
+    exchange_error: GradientError | None = None
     runs: dict[str, list[Run]] = field(default_factory=dict)
     moved: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Bytes of saved tensors copied to the host and back, by way of running it, in the order of `runs`."""
@@ -167,6 +171,7 @@ def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile
         on_host=_on_host(sample, booked.plus(dy), booked, tile) if sample.moved else None,
         saved=tuple(sample.saved),
         gradient_error=sample.gradient_error,
+        exchange_error=sample.exchange_error,
         weights=sample.weights,
     )
 

@@ -232,6 +232,8 @@ class Training(Schema):
     activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
     """What norms, gated units and trained linear layers keep (`memory.operators`)."""
     optimizer: OptimizerShape = OptimizerShape()
+    exchange_bits: float | None = Field(default=None, gt=0)
+    """Of a channel that crosses ranks in codes; None: everything crosses as it is."""
     density: bool = False
     """A penalty on the activated gate (`memory.density`)."""
 

@@ -169,3 +169,74 @@ def train_rank(rank: int, spec_json: str) -> dict[str, Any]:
 
     spec = TrainSpec.model_validate_json(spec_json)
     return train(spec, World(rank=rank, world_size=spec.mesh.world_size, local_rank=rank)).last_record
+
+
+def coded_exchange(rank: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """A layer's exchange in bits of all sizes, and the same by rounding beforehand and exchanging exactly."""
+    from torch import nn
+
+    from farspan.trainer.config import AMAQ
+    from farspan.trainer.parallel.learned_bits import LearnedBits
+    from farspan.trainer.parallel.ulysses import Ulysses, head_layout
+
+    rows, D, others = 24, 8, dist.get_world_size() - 1
+    ulysses, draw = Ulysses(dist.group.WORLD), torch.Generator().manual_seed(7)
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": D}
+    exchange = AMAQ(bits=4, start=5, lr=0.1, gradients="exact")
+    bits = LearnedBits(exchange, [nn.Identity()], **sizes, device=torch.device("cpu"), steps=4, seed=0)
+    bits._use(torch.randint(2, 9, bits.bits_LID.shape, generator=draw))
+    real_ID = bits.bits_LID[0].double().requires_grad_()
+    layer, layout = bits.layers[0], head_layout(heads, kv_heads, ulysses.ranks)
+    mine = slice(rank * rows, (rank + 1) * rows)
+
+    def rounded(x: torch.Tensor, first: int) -> torch.Tensor:
+        """[1, N, r, D] of items from `first` on, each channel at its levels; gradients pass rounding by."""
+        n = real_ID[first : first + x.shape[1]][None, :, None]
+        low, high = x.double().amin(2, keepdim=True), x.double().amax(2, keepdim=True)
+        step = (high - low) / (2**n - 1)
+        at = (x.double() - low) / step
+        return (low + (at + (torch.floor(at.detach() + 0.5) - at).detach()) * step).float()
+
+    draw.manual_seed(rank)
+    q, k, v = (torch.randn(1, n, rows, D, generator=draw) for n in (heads, kv_heads, kv_heads))
+    coded_in, exact_in = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    coded, exact = ulysses.to_heads(*coded_in, layer), ulysses.to_heads(*exact_in)
+    before = ulysses.to_heads(*(rounded(x, at) for x, at in zip((q, k, v), (0, heads, heads + kv_heads))))
+    whole = [there.detach().clone() for there in before]
+    for there, as_it_is in zip(whole, exact):
+        there[:, :, mine] = as_it_is.detach()[:, :, mine]
+    weights = [torch.randn(t.shape, generator=draw) for t in coded]
+    for tensors in (coded, exact):
+        torch.autograd.backward(tensors, weights)
+    gate_gradient = bits.gradient_LID[0].clone()
+    for weight in weights:  # a rank's own part has no bits
+        weight[:, :, mine] = 0
+    torch.autograd.backward(before, weights)
+    assert real_ID.grad is not None
+
+    h = len(layout.query[rank])
+    o, first = (
+        torch.randn(1, h, rows * ulysses.ranks, D, generator=draw),
+        heads + 2 * kv_heads + layout.query[rank].start,
+    )
+    parts = [rounded(part, first).detach() for part in o.split(rows, dim=2)]
+    parts[rank] = o[:, :, mine]
+    sent = [r for at, pair in enumerate(zip(layout.query, layout.kv)) for r in layer.inputs(*pair) if at != rank]
+    sent += [range(first, first + h)] * others
+    planes, channels = sum(int(bits.bits_LID[0, r.start : r.stop].sum()) for r in sent), D * sum(map(len, sent))
+    gradients = 4 * rows * D * others * (h + 2 * len(layout.kv[rank]))
+    to_rows = ulysses.to_rows(o, heads, kv_heads, layer)
+    return {
+        "heads, coded": torch.cat([t.detach().flatten() for t in coded]),
+        "heads, exact": torch.cat([t.detach().flatten() for t in exact]),
+        "heads, rounded before": torch.cat([t.flatten() for t in whole]),
+        "rows, coded": to_rows,
+        "rows, exact": ulysses.to_rows(o, heads, kv_heads),
+        "rows, rounded before": ulysses.to_rows(torch.cat(parts, dim=2), heads, kv_heads),
+        **{f"d{name}": x.grad for name, x in zip("qkv", coded_in)},
+        **{f"d{name}, exact": x.grad for name, x in zip("qkv", exact_in)},
+        "gate gradient": gate_gradient,
+        "gate gradient, autograd": real_ID.grad.float(),
+        "bytes": bits.traffic.sent_bytes - gradients,
+        "bytes by formula": planes * rows // 8 + 8 * channels,
+    }

@@ -17,6 +17,7 @@ from farspan import Checkpoint, Evaluate, LoRA, MemoryBudget, Optim, RandomModel
 from farspan.memory.plan import checkpoint_every_layer
 from farspan.memory.self_test import RebuildDiffers
 from farspan.trainer.config import (
+    AMAQ,
     COAT,
     S2A,
     AdamW8bit,
@@ -144,6 +145,34 @@ def test_resuming_another_optimizer_is_bit_exact(tokens: Path, tmp_path: Path, n
     alone = run(whole.model_copy(update={"run_dir": str(tmp_path / "alone"), "mesh": Mesh(dp=1, sp=1)}))
     close = 2e-5 if whole.precision == "fp32" else 1e-2
     assert [r["loss"] for r in alone[6:]] == pytest.approx([r["loss"] for r in records[6:]], rel=close)
+
+
+@pytest.mark.parametrize(("zero", "adapter"), [(0, FullFineTune()), (2, LoRA(rank=4))])
+def test_a_run_with_learned_bits_between_ranks(tokens: Path, tmp_path: Path, zero: int, adapter: Any) -> None:
+    """It trains as without, sends what it says, and resumes bit for bit, gates included."""
+    exact = spec(tokens, tmp_path / "exact", mesh=Mesh(dp=1, sp=2), zero=zero, adapter=adapter)
+    # so that attention is rebuilt, and its exchange with it
+    placement = checkpoint_every_layer(MODEL.layers, rows=128, attention_rows=256)
+    whole = exact.model_copy(
+        update={
+            "run_dir": str(tmp_path / "whole"),
+            "exchange": AMAQ(bits=4, start=6, settle=0.5, lr=0.2),
+            "placement": placement,
+        }
+    )
+    records, without = run(whole), run(exact)
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in without], rel=0.05)
+    assert [r["loss"] for r in records] != [r["loss"] for r in without]
+    bits = [record["exchange_bits"] for record in records]
+    assert bits[0] == pytest.approx(6, abs=0.02) and bits[-1] == pytest.approx(4, abs=0.02)
+    # the last pack of an epoch is short, and a channel's 8 bytes beside its codes weigh more
+    full = [record for record in records if record["tokens"] > 240]
+    shares = [record["exchange_bytes"] / record["exchange_exact_bytes"] for record in full]
+    assert shares == pytest.approx([r["exchange_bits"] / 32 + 8 / 128 / 4 for r in full], rel=0.05)
+    resumed_from(tmp_path / "whole", tmp_path / "half", 6)
+    again = run(whole.model_copy(update={"run_dir": str(tmp_path / "half")}))
+    assert numbers(again) == numbers(records)
+    assert [r["exchange_bits"] for r in again] == bits
 
 
 def test_an_optimizer_in_backward_trains_the_same(tokens: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from farspan.errors import JobError
 from farspan.kernels.prefix_attention import Prefix
 from farspan.memory.frame import attention, known_output
+from farspan.trainer.parallel.learned_bits import bits_of
 from farspan.trainer.parallel.ulysses import Ulysses, head_layout
 
 NAME = "farspan"
@@ -80,10 +81,10 @@ def attend(
     prefix = _prefix(module, heads, kv_heads, ulysses)
     if ulysses is None:
         return attention(query, key, value, prefix=prefix, **rest).transpose(1, 2), None
-    out = known_output()
+    out, bits = known_output(), bits_of(module)
     if out is None:
-        out = attention(*ulysses.to_heads(query, key, value), prefix=prefix, **rest)
-    out = ulysses.to_rows(out, heads, kv_heads)
+        out = attention(*ulysses.to_heads(query, key, value, bits), prefix=prefix, **rest)
+    out = ulysses.to_rows(out, heads, kv_heads, bits)
     return out.transpose(1, 2), None
 
 

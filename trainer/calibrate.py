@@ -27,7 +27,7 @@ from farspan.memory.tiers import OffTier, Store
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.bases.load import quantize
-from farspan.trainer.config import CalibrationRequest, Model
+from farspan.trainer.config import AMAQ, CalibrationRequest, Model
 from farspan.trainer.models import (
     DTYPES,
     decoder_layers,
@@ -35,6 +35,7 @@ from farspan.trainer.models import (
     prepare_model,
     random_config,
 )
+from farspan.trainer.parallel.learned_bits import LearnedBits
 from farspan.trainer.parallel.ulysses import LoneRank
 
 MIB = 2**20
@@ -63,6 +64,11 @@ def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
             causal, adapter=request.adapter, memory=request.memory, seed=0, density=request.density
         )
     ulysses = LoneRank(request.sp) if request.sp > 1 else None
+    exactly = None
+    if isinstance(request.exchange, AMAQ) and ulysses is not None:
+        bits = LearnedBits.of(module.layers, config, request.exchange, device=device, steps=1, seed=0)
+        bits.uniform(request.exchange.bits)
+        exactly = bits.measured_against
     tiled = [m for m in module.modules() if getattr(m, "tiled_rows", None) is not None]
     loss_tile, mlp_tile = (
         request.memory.loss_tile,
@@ -87,6 +93,7 @@ def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
         set_tile=set_tile,
         hollow=hollow_layers(causal),
         gradients=request.gradients,
+        exactly=exactly,
     )
     names = [request.kinds[index] for index in first]
     return measure_profile(subject, names, loss_tile=loss_tile, mlp_tile=mlp_tile, sp=request.sp)

@@ -29,9 +29,13 @@ from farspan.trainer.adapters.config import (
 )
 from farspan.trainer.bases.config import LQ, NF4, Base, Grid, Int8, Unquantized
 from farspan.trainer.optimizers.config import COAT, LAMB, AdamW8bit, DCTAdamW, GaLore, Muon, Optim, Optimizer
+from farspan.trainer.parallel.config import AMAQ, ExactExchange, Exchange
 from farspan.trainer.run_folder import RunFolder
 
 __all__ = [
+    "AMAQ",
+    "ExactExchange",
+    "Exchange",
     "LQ",
     "Grid",
     "COAT",
@@ -163,6 +167,9 @@ class Parallel(Schema):
     other than AdamW, of which each rank holds some parameters'."""
     cpu_offload: bool = False
     """Keep optimizer states in host memory and update there (DeepSpeed CPU Adam; needs ZeRO >= 1)."""
+    exchange: Exchange = ExactExchange()
+    """How rows and heads change ranks in an sp group: as they are, or in learned codes of few bits (`AMAQ`), which pay
+    where the link between ranks is slow."""
 
 
 class DensityLoss(Schema):
@@ -235,6 +242,7 @@ class CalibrationRequest(Schema):
     density: DensityLoss = DensityLoss()
     context: int
     sp: int = Field(ge=1)
+    exchange: Exchange = ExactExchange()
     kinds: tuple[str, ...]
     """Kind of each decoder layer, bottom first."""
     gradients: Literal["handed on", "first", "added"]
@@ -256,6 +264,7 @@ class TrainSpec(Schema):
     base: Base = Unquantized()
     precision: Precision
     mesh: Mesh
+    exchange: Exchange = ExactExchange()
     zero: Literal[0, 1, 2, 3]
     cpu_offload: bool
     addresses: Literal["torch", "planned"] = "torch"

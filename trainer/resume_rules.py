@@ -46,6 +46,8 @@ RULES: dict[str, tuple[Rule, str]] = {
     "precision": ("fixed", "the steps done were computed in it, and the exported weights are rounded to it"),
     "packs_per_step": ("fixed", "a step would mean another number of tokens, and the cursor counts steps' packs"),
     "mesh": ("free", "state is addressed by parameter and offset, packs by their global number"),
+    "exchange": ("said", "the next steps' attention is rounded so between ranks"),
+    "exchange.type": ("fixed", "the bits of the exchange are trained with the model"),
     "zero": ("free", "state is addressed by parameter and offset"),
     "cpu_offload": ("free", "the same update in another place"),
     "addresses": ("free", "the same tensors in other places"),

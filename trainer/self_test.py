@@ -92,21 +92,29 @@ def check_rebuilding(
     return result
 
 
-def activation_errors(
-    module: CausalLMLoss, input_ids: torch.Tensor, grid: RankGrid, ulysses: Ulysses | None, *, zero: int, seed: int
+def gradient_errors(
+    module: CausalLMLoss,
+    input_ids: torch.Tensor,
+    grid: RankGrid,
+    ulysses: Ulysses | None,
+    *,
+    zero: int,
+    seed: int,
+    without: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> list[GradientError]:
-    """What codes of saved activations do to each layer's gradients, of this model on real tokens; empty without codes.
-    Collective, before the engine takes the model over.
+    """What codes do to each layer's gradients, of this model on real tokens; empty without codes. Collective, before
+    the engine takes the model over.
 
     Args:
         input_ids: int64 [1, s], some rows of this rank.
+        without: inside, the codes in question are left out. Default: those of saved activations.
     """
     layers, found, gathered = module.layers, list[GradientError](), _gathering(zero)
     rows = input_ids.shape[1]
 
     def look(layer: torch.nn.Module, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         with gathered(layer.parameters()):
-            error = gradient_error(layer, call, x.detach(), seed=seed)
+            error = gradient_error(layer, call, x.detach(), seed=seed, without=without)
             if error is not None:
                 found.append(error)
             return call(x)

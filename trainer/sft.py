@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,19 @@ from farspan.trainer.addresses import PlannedAddresses, planned_arena
 from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.batch import rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
-from farspan.trainer.config import LoRA, OnTooLong, RandomModel, TrainSpec
+from farspan.trainer.config import AMAQ, LoRA, OnTooLong, RandomModel, TrainSpec
 from farspan.trainer.data.packing import Pack, PackedStream, validation_packs
 from farspan.trainer.data.store import TokenStore
 from farspan.trainer.engine import make_engine
+from farspan.trainer.engine_bits import BitsEngine
 from farspan.trainer.metrics import MetricsWriter
 from farspan.trainer.optimizer import lr_at
+from farspan.trainer.parallel.learned_bits import LearnedBits
 from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.self_test import activation_errors, check_rebuilding, reversible_anchors, reversible_range
+from farspan.trainer.self_test import check_rebuilding, gradient_errors, reversible_anchors, reversible_range
 from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
@@ -85,6 +87,7 @@ class Trainer:
         self.tiers = models.open_store(spec, self.grid.device)
         module, trainable = models.build(spec, self.grid.device, self.tiers)
         self._choose_attention(module)
+        self.bits = self._learned_bits(module)
         self._self_test(module)
         self._start_adapter(module)
         self.density = module.density
@@ -99,6 +102,8 @@ class Trainer:
             precision=spec.precision,
             cpu_offload=spec.cpu_offload,
         )
+        if self.bits is not None:
+            self.engine = BitsEngine(self.engine, self.bits)
         self.memory = PeakMemory(self.grid.device, arena)
         self.addresses = PlannedAddresses(arena, module.layers, self._addresses_planned)
         self.checkpointer = Checkpointer(
@@ -176,7 +181,7 @@ class Trainer:
                 self.engine.backward(loss / max(trained, 1), last=micro + 1 == len(mine))
         with self.clock.part("reduce"):
             mean_loss = self._sum_over_ranks(total) / max(trained, 1)
-            more = self._density(trained)
+            more = self._density(trained) | self._traffic()
         self._require_finite("loss", mean_loss, step, len(packs))
         with self.clock.part("optimizer"):
             norm = self.engine.step(lr=lr, clip_norm=spec.optim.clip_norm)
@@ -254,6 +259,17 @@ class Trainer:
         penalty, dense, rows = totals.tolist()
         return {"density": dense / max(rows, 1.0), "density_loss": penalty / max(trained, 1)}
 
+    def _traffic(self) -> dict[str, float]:
+        """Bits of the exchange, and what this rank sent of it in the step so far, where it is in codes."""
+        if self.bits is None:
+            return {}
+        traffic = self.bits.traffic
+        return {
+            "exchange_bits": float(self.bits.bits_LID.double().mean()),
+            "exchange_bytes": traffic.sent_bytes,
+            "exchange_exact_bytes": traffic.exact_bytes,
+        }
+
     def _require_finite(self, what: str, value: float, step: int, packs: int) -> None:
         if math.isfinite(value):
             return
@@ -308,6 +324,20 @@ class Trainer:
         if self.grid.rank == 0 and self.grid.device.type != "cpu":
             self.progress.event("attention", f"{name}, {'the fastest here' if asked == 'fastest' else 'as asked'}")
 
+    def _learned_bits(self, module: models.CausalLMLoss) -> LearnedBits | None:
+        """Gates of the exchange between the ranks of an sp group, where the job has them."""
+        spec = self.spec
+        if not isinstance(spec.exchange, AMAQ) or self.ulysses is None:
+            return None
+        return LearnedBits.of(
+            module.layers,
+            module.decoder.config,
+            spec.exchange,
+            device=self.grid.device,
+            steps=spec.optim.steps,
+            seed=spec.optim.seed,
+        )
+
     def _addresses_planned(self, layout: TwoLevels) -> None:
         if self.grid.rank == 0:
             peak, gap = layout.peak_bytes, layout.gap
@@ -328,19 +358,30 @@ class Trainer:
                 )
 
         if self.spec.memory.activations in ("fp8", "int4"):
-            self._measure_activations(module)
+            self._measure_codes(module, "activations", f"in {self.spec.memory.activations}", without=None)
+        if self.bits is not None:
+            bits = self.bits.config.bits
+            self.bits.uniform(bits)
+            self._measure_codes(module, "exchange", f"in {bits:g} bits", without=self.bits.measured_against)
 
-    def _measure_activations(self, module: models.CausalLMLoss) -> None:
+    def _measure_codes(
+        self,
+        module: models.CausalLMLoss,
+        what: str,
+        how: str,
+        *,
+        without: Callable[[], AbstractContextManager[None]] | None,
+    ) -> None:
         """What the first rows' gradients lose by codes, said before they are used."""
         rows = self._rows(self.stream.pack(self.grid.dp_index)).input_ids[:, :ERROR_ROWS]
         zero, seed = self.spec.zero, self.spec.optim.seed
-        found = activation_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed)
+        found = gradient_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed, without=without)
         if self.grid.rank == 0:
             errors = [error.weights if error.weights is not None else error.input for error in found]
             worst = max(range(len(errors)), key=errors.__getitem__)
             self.progress.event(
-                "activations",
-                f"in {self.spec.memory.activations} a layer's gradients are off by {statistics.median(errors):.1%}, "
+                what,
+                f"{how} a layer's gradients are off by {statistics.median(errors):.1%}, "
                 f"at most {errors[worst]:.1%} (layer {worst})",
             )
 

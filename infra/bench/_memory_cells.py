@@ -55,12 +55,12 @@ def run_calibration(task: dict[str, Any]) -> dict[str, Any]:
 class Settled(Ulysses):
     """Waits until the library's own threads have let go of what was exchanged: what these free, no profiler sees."""
 
-    def _all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
+    def all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
         def users() -> list[int]:
             return [t._use_count() for t in (recv, send)]
 
         before = users()
-        super()._all_to_all(recv, send, recv_heads, send_heads)
+        super().all_to_all(recv, send, recv_heads, send_heads)
         while any(now > then for now, then in zip(users(), before)):
             time.sleep(1e-5)
 

@@ -49,9 +49,9 @@ def batch(data: Tensor, size: int, generator: torch.Generator, rows: int = ROWS)
     return torch.stack([data[start : start + rows] for start in starts.tolist()])
 
 
-def pretrained(*, toy: bool) -> Path:
+def pretrained(*, toy: bool, layers: int = SHAPE["num_hidden_layers"], steps: int = STEPS) -> Path:
     """Folder of the trained model in HF form; trains it if it is not there."""
-    shape, steps = (TOY_SHAPE, TOY_STEPS) if toy else (SHAPE, STEPS)
+    shape, steps = (TOY_SHAPE, TOY_STEPS) if toy else ({**SHAPE, "num_hidden_layers": layers}, steps)
     text = hashlib.sha256(corpus()[0].numpy().tobytes()).hexdigest()
     made_of = json.dumps([shape, steps, ROWS, BATCH, LR, text, torch.__version__])
     folder = default_cache_root() / "bench" / f"pretrained-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"

@@ -3,24 +3,29 @@
 A small language model, trained here on the standard library's source, is adapted to another domain, the English text
 of Python's reference. Each method gets the same steps; its learning rate is the best of four on one seed, and two more
 seeds are run at that rate. Bytes are counted: weights and optimizer by tensor, activations by the allocator's events in
-a forward and a step at 1,024 rows. Seconds are medians of interleaved steps of all methods in one process and thread.
+a forward and a step at 512 rows, in bf16. Seconds are medians of interleaved steps of all methods in one process and
+thread.
 
     farspan bench adapters                   results/adapters.json (resumable cell by cell), adapters.md
     farspan bench adapters --only LoRA       methods whose name contains it
+    farspan bench adapters --workers 2       two methods at a time
     farspan bench adapters --toy             seconds, for the test
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
+import multiprocessing
 import pydoc_data.topics as topics
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,8 +87,11 @@ from farspan.trainer.models import load_model, prepare_model
 from farspan.trainer.optimizer import lr_at
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, TOY_STEPS = 120, 2
-SEQUENCES = 4
+STEPS, TOY_STEPS = 80, 2
+LAYERS, PRETRAINING_STEPS = 8, 600
+SEQUENCES = 2
+SLOW_BF16 = 0.25
+"""Of fp32's matrix products a second; a CPU that does fewer in bf16 trains in fp32."""
 SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
 LORA = LoRA(rank=8, alpha=16.0)
@@ -205,17 +213,19 @@ def _prepared(method: Method, source: str) -> PreparedBase:
     return PreparedBase.open(prepare(spec, cache_root=root / "cache"))
 
 
+def source_model(toy: bool) -> str:
+    return str(pretrained(toy=toy, layers=LAYERS, steps=PRETRAINING_STEPS))
+
+
 class Run:
     """One method's model, engine and data."""
 
-    def __init__(self, method: Method, seed: int, lr: float, steps: int, toy: bool) -> None:
+    def __init__(self, method: Method, seed: int, lr: float, steps: int, toy: bool, dtype: torch.dtype) -> None:
         self.method, self.steps, self.rows = method, steps, SEQUENCES * ROWS
-        source, prepared = str(pretrained(toy=toy)), None
+        source, prepared = source_model(toy), None
         if is_prepared(method.base, method.adapter):
             prepared = _prepared(method, source)
-        causal = load_model(
-            source, revision=None, dtype=torch.bfloat16, device=CPU, base=method.base, prepared=prepared
-        )
+        causal = load_model(source, revision=None, dtype=dtype, device=CPU, base=method.base, prepared=prepared)
         layers = decoder_layers(causal)
         plan = LayerPlan(x=Rows(device=self.rows))
         placement = Placement(rows=self.rows, attention_rows=self.rows, layers=(plan,) * len(layers))
@@ -236,7 +246,7 @@ class Run:
             for layer in lora_start.lora_layers(self.module.model).values():
                 lora_start.begin(layer, *lora_start.from_weights(layer, adapter))
         if isinstance(adapter, LoRA) and adapter.init == "lora_ga":
-            probe = batch(domain()[0], SEQUENCES, torch.Generator().manual_seed(100 + seed))
+            probe = batch(domain()[0], 2 * SEQUENCES, torch.Generator().manual_seed(100 + seed))
             lora_start.from_gradients(self.module.model, adapter, lambda: self.loss(probe).backward(), seed=seed)
         if method.how == "checkpoint":
             for layer in layers:
@@ -272,7 +282,7 @@ class Run:
         return float(loss.detach()) / trained
 
     def held_out(self, toy: bool) -> float:
-        ids = batch(domain()[1], 4 if toy else 64, torch.Generator().manual_seed(3))
+        ids = batch(domain()[1], 4 if toy else 48, torch.Generator().manual_seed(3))
         self.module.eval()
         with torch.no_grad():
             losses = [float(self.loss(part)) / (part.numel() - part.shape[0]) for part in ids.split(SEQUENCES)]
@@ -299,8 +309,23 @@ def _by_peft(causal: Any, seed: int) -> tuple[Any, dict[str, Any]]:
     return module, {name: p for name, p in adapted.named_parameters() if p.requires_grad}
 
 
-def trained_cell(method: Method, seed: int, lr: float, steps: int, toy: bool) -> dict[str, Any]:
-    run = Run(method, seed, lr, steps, toy)
+def machine() -> dict[str, Any]:
+    """What this CPU multiplies in a second, and the dtype that weights and activations are trained in."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(3):
+            began_s = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began_s)
+        rates[dtype] = 2 * 512**3 / min(times)
+    slow = rates[torch.bfloat16] < SLOW_BF16 * rates[torch.float32]
+    gflops = {f"{str(dtype).removeprefix('torch.')}_gflop_per_s": rate / 1e9 for dtype, rate in rates.items()}
+    return {"trained_in": "float32" if slow else "bfloat16", **gflops}
+
+
+def trained_cell(method: Method, seed: int, lr: float, steps: int, toy: bool, dtype: torch.dtype) -> dict[str, Any]:
+    run = Run(method, seed, lr, steps, toy, dtype)
     start, began_s = run.held_out(toy), time.perf_counter()
     losses = [run.step(step) for step in range(1, steps + 1)]
     took_s = time.perf_counter() - began_s
@@ -308,7 +333,8 @@ def trained_cell(method: Method, seed: int, lr: float, steps: int, toy: bool) ->
 
 
 def bytes_cell(method: Method, toy: bool) -> dict[str, Any]:
-    run = Run(method, 0, 1e-3, 2, toy)
+    """Always of a model in bf16."""
+    run = Run(method, 0, 1e-3, 2, toy, torch.bfloat16)
     ids = run.batch()
     run.step(1, ids)
     footprint(lambda: None, CPU)
@@ -324,9 +350,9 @@ def bytes_cell(method: Method, toy: bool) -> dict[str, Any]:
     }
 
 
-def times_cell(names: list[str], repeats: int, toy: bool) -> dict[str, Any]:
+def times_cell(names: list[str], repeats: int, toy: bool, dtype: torch.dtype) -> dict[str, Any]:
     """Interleaved, so that a busy moment of the machine meets all of them."""
-    runs = {name: Run(METHODS[name], 0, 1e-4, 2, toy) for name in names}
+    runs = {name: Run(METHODS[name], 0, 1e-4, 2, toy, dtype) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -353,10 +379,11 @@ def report(cells: dict[str, Any], steps: int) -> str:
     lines = [
         "# Methods of fine-tuning",
         "",
-        "`farspan bench adapters`: a Llama of 5 million parameters, trained on Python source, adapted to English text "
-        f"in {steps} steps of {SEQUENCES} x {ROWS} bytes; bf16, fp32 masters, one CPU thread. Loss in nats a byte on "
-        f"held-out text, {start:.3f} at the start; mean and range of three seeds at the best of four learning rates. "
-        "Bytes of activations are of a row.",
+        f"`farspan bench adapters`: a Llama of {LAYERS} layers, 3 million parameters, trained on Python source, "
+        f"adapted to English text in {steps} steps of {SEQUENCES} x {ROWS} bytes on one CPU thread, weights and "
+        f"activations in {cells['machine']['trained_in']}. Loss in nats a byte on held-out text, {start:.3f} at the "
+        "start; mean and range of three seeds at the best of four learning rates. Bytes are counted in bf16 with fp32 "
+        "masters; those of activations are of a row.",
         "",
         "| method | trained | weights MiB | optimizer MiB | kept KiB | peak KiB | step | of LoRA's | lr | start "
         "| loss | range |",
@@ -377,39 +404,62 @@ def report(cells: dict[str, Any], steps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+class Cells:
+    """What was measured so far, in a file that several processes add to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def add(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a cell that is missing."""
+        if key in self.read():
+            return
+        found = measure()
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.path.write_text(json.dumps({**self.read(), key: found}, indent=1, sort_keys=True) + "\n")
+        print(f"{key:<50} {json.dumps(found)[:120]}", flush=True)
+
+
+def measure_method(name: str, path: Path, toy: bool) -> None:
+    """Its bytes, its rates on one seed, two more seeds at the best of them."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    cells, method, steps = Cells(path), METHODS[name], TOY_STEPS if toy else STEPS
+    dtype = getattr(torch, cells.read()["machine"]["trained_in"])
+    cells.add(f"bytes/{name}", lambda: bytes_cell(method, toy))
+    for lr in method.rates[:1] if toy else method.rates:
+        cells.add(f"{name}/{lr:g}/0", lambda lr=lr: trained_cell(method, 0, lr, steps, toy, dtype))  # type: ignore[misc]
+    best = best_rate(cells.read(), name)
+    for seed in () if toy or best is None else SEEDS[1:]:
+        cells.add(f"{name}/{best:g}/{seed}", lambda seed=seed: trained_cell(method, seed, best, steps, toy, dtype))  # type: ignore[misc]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="farspan bench adapters", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--toy", action="store_true", help="a tiny model, two steps, two rates")
     parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--workers", type=int, default=1, help="methods measured at a time, one thread each")
     parser.add_argument("--out", type=Path, help="default: results/adapters.json; of --toy a temporary file")
     options = parser.parse_args(arguments)
     if options.out is None:
         options.out = Path(tempfile.mkdtemp()) / "adapters.json" if options.toy else RESULTS / "adapters.json"
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    steps = TOY_STEPS if options.toy else STEPS
-    done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-
-    def cell(key: str, made: Callable[[], dict[str, Any]]) -> None:
-        if key in done:
-            return
-        done[key] = made()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(done, indent=1) + "\n")
-        print(f"{key:<50} {json.dumps(done[key])[:120]}", flush=True)
-
-    names = [name for name in METHODS if options.only in name]
-    for name in names:
-        method = METHODS[name]
-        cell(f"bytes/{name}", lambda method=method: bytes_cell(method, options.toy))  # type: ignore[misc]
-        for lr in method.rates[:1] if options.toy else method.rates:
-            cell(f"{name}/{lr:g}/0", lambda m=method, lr=lr: trained_cell(m, 0, lr, steps, options.toy))  # type: ignore[misc]
-        best = best_rate(done, name)
-        for seed in () if options.toy or best is None else SEEDS[1:]:
-            cell(f"{name}/{best:g}/{seed}", lambda m=method, s=seed, b=best: trained_cell(m, s, b, steps, False))  # type: ignore[misc]
+    source_model(options.toy)
+    names, cells = [name for name in METHODS if options.only in name], Cells(options.out)
+    cells.add("machine", machine)
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(measure_method, name, options.out, options.toy) for name in names]:
+            done.result()
     if names == list(METHODS):
-        cell("times", lambda: times_cell(names, 1 if options.toy else 9, options.toy))
-    text = report(done, steps)
+        dtype = getattr(torch, cells.read()["machine"]["trained_in"])
+        cells.add("times", lambda: times_cell(names, 1 if options.toy else 9, options.toy, dtype))
+    text = report(cells.read(), TOY_STEPS if options.toy else STEPS)
     options.out.with_suffix(".md").write_text(text)
     print(text)
     return 0

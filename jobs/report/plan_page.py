@@ -13,7 +13,7 @@ from typing import Any
 
 from farspan.errors import JobError
 from farspan.jobs.plan import Planned, size
-from farspan.jobs.plan_view import PLACES, error_line, layer_shares, part_rows, placed_shares, tier_rows
+from farspan.jobs.plan_view import PLACES, error_lines, layer_shares, part_rows, placed_shares, tier_rows
 from farspan.jobs.report.page import render_page, value_text
 from farspan.jobs.report.timeline import COLOURS, Picture, picture, span_text
 from farspan.memory.evaluate import evaluate
@@ -110,7 +110,7 @@ def render_plan(planned: Planned, *, name: str, longest_tokens: int | None = Non
         places=[(PLACE_WORDS.get(place, place), PLACE_COLOURS[place]) for place in PLACES],
         place_names=PLACES,
         kept=kept_kinds(planned.problem),
-        gradient_error=error_line(planned),
+        gradient_errors=error_lines(planned),
         keep_colour=PLACE_COLOURS["keep"],
         assumptions=assumptions(planned),
         gib=size,

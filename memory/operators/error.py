@@ -1,9 +1,9 @@
-"""How far codes of saved activations turn a layer's gradients away from those of the activations themselves."""
+"""How far codes, of saved activations or of what crosses ranks, turn a layer's gradients away from those without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ def settings_of(layer: nn.Module) -> Settings | None:
 
 
 def gradient_error(
-    layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, *, seed: int = 0
+    layer: nn.Module,
+    call: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    seed: int = 0,
+    without: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> GradientError | None:
     """Compare one backward through codes with one without; both draw the same dropout.
 
@@ -35,17 +40,20 @@ def gradient_error(
         call: the layer as the model calls it, hidden states apart.
         x: [1, s, d], hidden states the layer is given.
         seed: of the gradient of the output, normal, and of all that the layer draws.
+        without: inside, the codes in question are left out. Default: those of saved activations.
 
     Returns:
         ||with codes - without|| / ||without||, all trained parameters together; None where the layer has no codes.
     """
     settings = settings_of(layer)
-    if settings is None or settings.kind == "fused":
-        return None
+    if without is None:
+        if settings is None or settings.kind == "fused":
+            return None
+        without = settings.measured_against
     trained = [p for p in layer.parameters() if p.requires_grad]
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(cuda, device_type="cuda"), nothing_zero(trained), _gradients_apart(trained):
-        with settings.measured_against():
+        with without():
             *wanted, wanted_input = _gradients(call, x, trained, seed)
         *found, found_input = _gradients(call, x, trained, seed)
     return GradientError(weights=_off(found, wanted), input=_off([found_input], [wanted_input]) or 0.0)

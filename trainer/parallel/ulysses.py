@@ -7,6 +7,8 @@ head sent twice are added where its rows live. q, k and v travel in one message.
 
 Volume per rank and layer is about 4 * S * hidden / P elements forward and as many backward, whatever P is.
 
+What crosses may be in codes of few bits (`trainer.parallel.learned_bits`).
+
 B batch, H query heads, K KV heads, S rows of the pack, s rows of this rank, D head size, P ranks.
 """
 
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.errors import JobError
+from farspan.trainer.parallel.learned_bits import LayerBits
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,26 @@ def head_layout(heads: int, kv_heads: int, ranks: int) -> HeadLayout:
 class Ulysses:
     """The two exchanges of one sp group, for a model with `heads` query and `kv_heads` KV heads."""
 
+    lone = False
+    """Whether the other ranks are not there."""
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def to_heads(self, q_BHsD: Tensor, k_BKsD: Tensor, v_BKsD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def to_heads(
+        self, q_BHsD: Tensor, k_BKsD: Tensor, v_BKsD: Tensor, bits: LayerBits | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of all heads -> all rows of this rank's heads: [B, h, S, D], [B, k, S, D], [B, k, S, D].
 
         Where this rank's query heads are not evenly grouped over its KV heads, KV heads are repeated: k == h.
+
+        Args:
+            bits: of the codes that cross; None: everything crosses as it is.
         """
         layout = head_layout(q_BHsD.shape[1], k_BKsD.shape[1], self.ranks)
-        q, k, v = _ToHeads.apply(q_BHsD, k_BKsD, v_BKsD, layout, self)
+        q, k, v = _ToHeads.apply(q_BHsD, k_BKsD, v_BKsD, layout, self, bits)
         index = layout.kv_index(self.rank, q_BHsD.shape[1] // k_BKsD.shape[1])
         if index is not None:
             at = torch.tensor(index, device=k.device)
@@ -89,12 +100,12 @@ class Ulysses:
         """
         layout, shared = self._shares(len(x_HsD)), shared_sD[None, None]
         # both of the layout's partners of a query: the second is sent along for nothing
-        mine, whole, _ = _ToHeads.apply(x_HsD[None], shared, shared.detach(), layout, self)
+        mine, whole, _ = _ToHeads.apply(x_HsD[None], shared, shared.detach(), layout, self, None)
         return mine[0], whole[0, 0]
 
     def gather(self, x_hSD: Tensor, count: int) -> Tensor:
         """The way back: all rows of this rank's share of `count` things -> rows of all of them [H, s, D]."""
-        return _ToRows.apply(x_hSD[None], self._shares(count), self)[0]
+        return _ToRows.apply(x_hSD[None], self._shares(count), self, None)[0]
 
     def _shares(self, count: int) -> HeadLayout:
         query = tuple(range(count * p // self.ranks, count * (p + 1) // self.ranks) for p in range(self.ranks))
@@ -104,24 +115,26 @@ class Ulysses:
         """All-to-all of [sum(send_heads), ...] -> [sum(recv_heads), ...], split along dim 0."""
         recv = send.new_empty((sum(recv_heads), *send.shape[1:]))
         # a reshape that needed no copy may still be strided
-        self._all_to_all(recv, send.contiguous(), recv_heads, send_heads)
+        self.all_to_all(recv, send.contiguous(), recv_heads, send_heads)
         return recv
 
-    def _all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
+    def all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
         dist.all_to_all_single(recv, send, recv_heads, send_heads, group=self.group)
 
-    def to_rows(self, o_BhSD: Tensor, heads: int, kv_heads: int) -> Tensor:
-        """All rows of this rank's heads -> rows of all heads [B, H, s, D]."""
-        return _ToRows.apply(o_BhSD, head_layout(heads, kv_heads, self.ranks), self)
+    def to_rows(self, o_BhSD: Tensor, heads: int, kv_heads: int, bits: LayerBits | None = None) -> Tensor:
+        """All rows of this rank's heads -> rows of all heads [B, H, s, D]; `bits` as for `to_heads`."""
+        return _ToRows.apply(o_BhSD, head_layout(heads, kv_heads, self.ranks), self, bits)
 
 
 class LoneRank(Ulysses):
     """One rank of an sp group without the others, for measuring: the same buffers, filled with this rank's own rows."""
 
+    lone = True
+
     def __init__(self, ranks: int, rank: int = 0) -> None:
         self.ranks, self.rank = ranks, rank
 
-    def _all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
+    def all_to_all(self, recv: Tensor, send: Tensor, recv_heads: list[int], send_heads: list[int]) -> None:
         for at, head in enumerate(recv):
             head.copy_(send[at % len(send)])
 
@@ -141,25 +154,36 @@ def _rows_in(x_PhBsD: Tensor, ranks: int) -> Tensor:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, ulysses: Ulysses) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.ulysses, ctx.kv_heads = layout, ulysses, k.shape[1]
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, ulysses: Ulysses, bits: LayerBits | None
+    ) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.ulysses, ctx.kv_heads, ctx.bits = layout, ulysses, k.shape[1], bits
         pieces = []
         for query, kv in zip(layout.query, layout.kv):
             pieces += [x[:, r.start : r.stop].transpose(0, 1) for x, r in ((q, query), (k, kv), (v, kv))]
         counts = [len(query) + 2 * len(kv) for query, kv in zip(layout.query, layout.kv)]
         mine = counts[ulysses.rank]
-        recv = ulysses.exchange(torch.cat(pieces), counts, [mine] * ulysses.ranks)
+        if bits is None:
+            recv = ulysses.exchange(torch.cat(pieces), counts, [mine] * ulysses.ranks)
+        else:
+            items = [bits.inputs(query, kv) for query, kv in zip(layout.query, layout.kv)]
+            own, learns = [items[ulysses.rank]] * ulysses.ranks, any(ctx.needs_input_grad)
+            recv, ctx.probes = bits.exchange(ulysses, torch.cat(pieces), items, own, learns=learns)
         h, n = len(layout.query[ulysses.rank]), len(layout.kv[ulysses.rank])
         whole = _rows_in(recv, ulysses.ranks)
         return whole[:, :h], whole[:, h : h + n], whole[:, h + n :]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        layout, ulysses = ctx.layout, ctx.ulysses
+        layout, ulysses, bits = ctx.layout, ctx.ulysses, ctx.bits
         counts = [len(query) + 2 * len(kv) for query, kv in zip(layout.query, layout.kv)]
         mine = counts[ulysses.rank]
         send = _rows_out(torch.cat(grads, dim=1), ulysses.ranks)
-        recv = ulysses.exchange(send, [mine] * ulysses.ranks, counts)
+        if bits is None:
+            recv = ulysses.exchange(send, [mine] * ulysses.ranks, counts)
+        else:
+            items = [bits.inputs(query, kv) for query, kv in zip(layout.query, layout.kv)]
+            recv = bits.exchange_gradients(ulysses, send, [items[ulysses.rank]] * ulysses.ranks, items, ctx.probes)
         _, B, s, D = recv.shape
         heads = layout.query[-1].stop
         dq = recv.new_empty((heads, B, s, D))
@@ -171,21 +195,31 @@ class _ToHeads(torch.autograd.Function):
             dk[kv.start : kv.stop] += recv[at + h : at + h + n]  # a head sent to two ranks gets both gradients
             dv[kv.start : kv.stop] += recv[at + h + n : at + h + 2 * n]
             at += h + 2 * n
-        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None, None
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None, None, None
 
 
 class _ToRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Tensor, layout: HeadLayout, ulysses: Ulysses) -> Tensor:
-        ctx.layout, ctx.ulysses = layout, ulysses
-        counts, mine = [len(r) for r in layout.query], o.shape[1]
-        recv = ulysses.exchange(_rows_out(o, ulysses.ranks), [mine] * ulysses.ranks, counts)
+    def forward(ctx: Any, o: Tensor, layout: HeadLayout, ulysses: Ulysses, bits: LayerBits | None) -> Tensor:
+        ctx.layout, ctx.ulysses, ctx.bits = layout, ulysses, bits
+        counts, mine, send = [len(r) for r in layout.query], o.shape[1], _rows_out(o, ulysses.ranks)
+        if bits is None:
+            recv = ulysses.exchange(send, [mine] * ulysses.ranks, counts)
+        else:
+            items, learns = [bits.outputs(r) for r in layout.query], any(ctx.needs_input_grad)
+            own = [items[ulysses.rank]] * ulysses.ranks
+            recv, ctx.probes = bits.exchange(ulysses, send, own, items, learns=learns)
         return recv.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        layout, ulysses = ctx.layout, ctx.ulysses
+        layout, ulysses, bits = ctx.layout, ctx.ulysses, ctx.bits
         counts = [len(r) for r in layout.query]
-        mine = counts[ulysses.rank]
-        recv = ulysses.exchange(grad.transpose(0, 1), counts, [mine] * ulysses.ranks)
-        return _rows_in(recv, ulysses.ranks), None, None
+        mine, send = counts[ulysses.rank], grad.transpose(0, 1)
+        if bits is None:
+            recv = ulysses.exchange(send, counts, [mine] * ulysses.ranks)
+        else:
+            items = [bits.outputs(r) for r in layout.query]
+            own = [items[ulysses.rank]] * ulysses.ranks
+            recv = bits.exchange_gradients(ulysses, send, items, own, ctx.probes)
+        return _rows_in(recv, ulysses.ranks), None, None, None

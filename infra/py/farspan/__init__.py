@@ -36,6 +36,7 @@ _PUBLIC = {
     "COAT": "farspan.trainer.config",
     "DCTAdamW": "farspan.trainer.config",
     "GaLore": "farspan.trainer.config",
+    "AMAQ": "farspan.trainer.config",
     "LAMB": "farspan.trainer.config",
     "Muon": "farspan.trainer.config",
     "Checkpoint": "farspan.trainer.config",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from farspan.jobs.config import SFTJob
     from farspan.memory.config import MemoryBudget
     from farspan.trainer.config import (
+        AMAQ,
         COAT,
         L4Q,
         LAMB,
@@ -109,6 +111,7 @@ __all__ = [
     "COAT",
     "DCTAdamW",
     "GaLore",
+    "AMAQ",
     "LAMB",
     "Muon",
     "Checkpoint",
