@@ -252,9 +252,19 @@ CODING_BYTES = 160
 
 
 def exchange_amount(
-    shape: ModelShape, training: Training, hardware: Hardware, layer_bytes: int | None = None
+    shape: ModelShape,
+    training: Training,
+    hardware: Hardware,
+    layer_bytes: int | None = None,
+    *,
+    with_coding: bool = True,
 ) -> Amount:
-    """One forward's all-to-alls, and under ZeRO-3 the gathering of the layer's weights; compute hides nothing."""
+    """One forward's all-to-alls, and under ZeRO-3 the gathering of the layer's weights; compute hides nothing.
+
+    Args:
+        layer_bytes: of the layer's weights; None: as many as the shape has.
+        with_coding: add the time that codes take, which a measured forward contains.
+    """
     per_row = constant = 0.0
     if training.sp > 1:
         split = head_split(shape, training.sp)
@@ -265,7 +275,8 @@ def exchange_amount(
         constant = (training.width_bytes * shape.layer_parameters if layer_bytes is None else layer_bytes) * others
     rate, coding_s = hardware.all_to_all_bytes_per_s, 0.0
     if training.exchange_bits is not None:
-        coding_s = per_row / training.width_bytes * CODING_BYTES / hardware.memory_bytes_per_s
+        if with_coding:
+            coding_s = per_row / training.width_bytes * CODING_BYTES / hardware.memory_bytes_per_s
         per_row *= training.exchange_bits / (8 * training.width_bytes)
     return Amount(constant=constant / rate, per_row=per_row / rate + coding_s)
 

@@ -118,7 +118,7 @@ def calibrated_problem(
 
     def with_exchange(kind: KindProfile) -> KindProfile:
         assert kind.weights is not None
-        return _with_exchange(kind, exchange_amount(shape, training, hardware, kind.weights.bytes))
+        return _with_exchange(kind, exchange_amount(shape, training, hardware, kind.weights.bytes, with_coding=False))
 
     whole = profile.model_copy(
         update={

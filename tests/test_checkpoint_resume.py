@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from farspan.errors import JobError
 from farspan.memory.config import MemoryBudget
 from farspan.trainer.config import (
+    AMAQ,
     NF4,
     ChatData,
     Checkpoint,
@@ -56,6 +57,7 @@ def _tails(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts) + 1)]
 
 
+EXCHANGE = [f"exchange.{name}" for name in AMAQ.model_fields if name != "type"]
 CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({}, {}),
     ({"mesh": Mesh(dp=1, sp=4), "accumulation": 4, "zero": 3, "cpu_offload": True}, {}),
@@ -74,6 +76,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"data": TextData("stdlib", context=128)}, {"data.context": "fixed"}),
     ({"data": TextData(("a", "b"), context=64, pack=False)}, {"data.source": "fixed", "data.pack": "fixed"}),
     ({"adapter": LoRA(rank=8)}, {"adapter.rank": "fixed"}),
+    ({"exchange": AMAQ()}, dict.fromkeys(("exchange.type",), "fixed") | dict.fromkeys(EXCHANGE, "said")),
 ]
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from farspan import (
+    AMAQ,
     L4Q,
     LQ,
     NF4,
@@ -49,6 +51,17 @@ def done(job, cpus=2, gpus=0, nodes=1, memory=8 * GIB):
         gpu_memory_bytes=memory if gpus else 0,
     )
     return resolve(job, model_facts(job.model), machine, origins_in_python(job))
+
+
+def test_codes_between_ranks_need_ranks():
+    coded = make(parallel=Parallel(exchange=AMAQ()))
+    assert done(coded, cpus=2).train.mesh.sp == 2 and done(coded, cpus=2).train.exchange == AMAQ()
+    for job, cpus in ((coded, 1), (make(parallel=Parallel(sp=1, exchange=AMAQ())), 2)):
+        with pytest.raises(JobError, match="nothing crosses ranks") as error:
+            done(job, cpus=cpus)
+        assert "parallel.exchange" in str(error.value)
+    with pytest.raises(ValidationError, match="bits=2 does not lie between least=2 and most=8"):
+        AMAQ(bits=2)
 
 
 def test_batch_chain_says_every_size_once():

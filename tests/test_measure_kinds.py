@@ -24,7 +24,15 @@ from farspan.memory.shape import Training
 from farspan.memory.solve import solve
 from farspan.trainer.attention import NAME, PackedSequence
 from farspan.trainer.calibrate import profile_of
-from farspan.trainer.config import CalibrationRequest, FullFineTune, Model, Optim
+from farspan.trainer.config import (
+    AMAQ,
+    CalibrationRequest,
+    ExactExchange,
+    FullFineTune,
+    Model,
+    Optim,
+    RandomModel,
+)
 from farspan.trainer.engine_plain import PlainEngine
 from farspan.trainer.models import prepare_model
 
@@ -55,6 +63,29 @@ def made(tmp_path: Path, name: str) -> tuple[Path, ModelFacts, Any]:
     config = AutoConfig.for_model(family, **COMMON, **special)
     config.save_pretrained(tmp_path / name)
     return tmp_path / name, model_facts(Model(str(tmp_path / name))), config
+
+
+def test_codes_between_ranks_are_measured_on_a_lone_rank() -> None:
+    """More bits, less error; none asked for, none measured."""
+    errors = []
+    for bits in (3.0, 6.0):
+        request = CalibrationRequest(
+            model=RandomModel(hidden=64, layers=1, heads=4, kv_heads=2, ffn=96, vocab=300),
+            adapter=FullFineTune(),
+            precision="fp32",
+            memory=Tiles(loss_tile=128),
+            context=512,
+            sp=2,
+            exchange=AMAQ(bits=bits),
+            kinds=("layer",),
+            gradients="first",
+        )
+        (kind,) = profile_of(request, torch.device("cpu")).kinds
+        assert kind.exchange_error is not None and kind.exchange_error.weights is not None
+        errors.append(kind.exchange_error.weights)
+        (exact,) = profile_of(request.model_copy(update={"exchange": ExactExchange()}), torch.device("cpu")).kinds
+        assert exact.exchange_error is None
+    assert 0 < errors[1] < errors[0] / 4 < 0.25, errors
 
 
 def problem_of(folder: Path, facts: ModelFacts) -> tuple[PlanProblem, Measured]:

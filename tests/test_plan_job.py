@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
-from farspan import LoRA, MemoryBudget, Parallel, RandomModel, SFTJob, TextData
+from farspan import AMAQ, LoRA, MemoryBudget, Parallel, RandomModel, SFTJob, TextData
 from farspan.errors import DoesNotFit, JobError
 from farspan.jobs import cli
 from farspan.jobs.facts import Machine, ModelFacts, hardware_of, machine_beside, model_facts
 from farspan.jobs.origins import origins_in_python
 from farspan.jobs.plan import plan, require_fit, shape_of
-from farspan.jobs.plan_view import error_line, kept_line, kept_tensors, placed_shares, to_json
+from farspan.jobs.plan_view import error_line, exchange_line, kept_line, kept_tensors, placed_shares, to_json
 from farspan.jobs.resolve import resolve
 from farspan.memory.config import split_disk
 from farspan.memory.problem import GradientError
+from farspan.trainer.parallel.config import ExactExchange
 
 LLAMA_8B = RandomModel(family="llama", hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab="125k")
 
@@ -184,6 +185,29 @@ def test_gpus_of_this_machine_are_planned_for(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6")
     assert machine_beside(job).gpus == 0
+
+
+def test_what_codes_between_ranks_cost_and_save_is_told() -> None:
+    """Exchanges take 4 / 16 of their time and that of coding; over a fast link this is no gain."""
+    made = {}
+    for exchange in (ExactExchange(), AMAQ(bits=4)):
+        parallel, memory = Parallel(sp=8, exchange=exchange), MemoryBudget(hardware="h200", plan="keep")
+        job = SFTJob(name="p", model=LLAMA_8B, data=TextData("stdlib", context="64k"), memory=memory, parallel=parallel)
+        facts, machine = model_facts(job.model), machine_beside(job)
+        train = resolve(job, facts, machine, origins_in_python(job)).train
+        hardware = hardware_of(job, machine, ranks=8, use_gpu=True)
+        slow = hardware.model_copy(update={"all_to_all_bytes_per_s": 1e10})
+        made[exchange.type] = [plan(job, train, facts, link) for link in (hardware, slow)]
+    exchange_s = {name: [p.problem.kinds[0].exchange_s for p in planned] for name, planned in made.items()}
+    assert exchange_s["amaq"][0] > exchange_s["exact"][0] and exchange_s["amaq"][1] < 0.5 * exchange_s["exact"][1]
+    found = made["amaq"][0]
+    assert "4 bits: gradients are off by what was not measured" in (exchange_line(found) or "")
+    assert exchange_line(made["exact"][0]) is None
+    (kind,) = found.problem.kinds
+    measured = kind.model_copy(update={"exchange_error": GradientError(weights=0.071, input=0.042)})
+    known = replace(found, problem=found.problem.model_copy(update={"kinds": (measured,)}))
+    assert "weights are off by 7.1%, of its input by 4.2%" in (exchange_line(known) or "")
+    assert to_json(known)["exchange_errors"] == {kind.name: {"weights": 0.071, "input": 0.042}}
 
 
 def test_what_codes_do_to_gradients_is_told() -> None:

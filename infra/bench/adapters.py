@@ -19,6 +19,7 @@ import fcntl
 import json
 import math
 import multiprocessing
+import os
 import pydoc_data.topics as topics
 import statistics
 import sys
@@ -419,9 +420,12 @@ class Cells:
         if key in self.read():
             return
         found = measure()
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             self.path.write_text(json.dumps({**self.read(), key: found}, indent=1, sort_keys=True) + "\n")
+        finally:
+            os.close(folder)
         print(f"{key:<50} {json.dumps(found)[:120]}", flush=True)
 
 
