@@ -45,6 +45,15 @@ def test_sft_beside_trl_and_a_bare_loop(tmp_path: Path) -> None:
     assert "| 256 | farspan-2 |" in out.with_suffix(".md").read_text()
 
 
+def test_exchange_in_few_bits(tmp_path: Path) -> None:
+    out = toy("exchange", tmp_path)
+    found = json.loads(out.read_text())
+    assert {*found} == {"exact/0", "4 bits, the same for all/0", "4 bits, learned/0"}
+    assert {len({*one["channels_by_bits"]} - {0}) > 1 for one in list(found.values())[2:]} == {True}
+    assert 0.001 < found["4 bits, learned/0"]["error"] < 1
+    assert "| 4 bits, learned | 4.00 |" in out.with_suffix(".md").read_text()
+
+
 def test_lora_beside_peft(tmp_path: Path) -> None:
     out = toy("lora", tmp_path)
     for key, found in json.loads(out.read_text()).items():
