@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from farspan.trainer.adapters.peqa.apply import PeqaLinear
 from farspan.trainer.config import Optim
 from farspan.trainer.optimizer import global_norm, lr_at, split_by_decay
 
@@ -87,6 +88,9 @@ def test_only_matrices_decay() -> None:
     assert (matrices, decay) == (["0.weight", "2.weight"], 0.1)
     assert (rest, none) == (["1.weight", "1.bias", "2.bias"], 0.0)
     assert split_by_decay({"0.weight": module[0].weight}, 0.1) == [(["0.weight"], 0.1)]
+    scales = PeqaLinear(nn.Linear(8, 4), bits=4, group=None)
+    assert scales.scale.ndim == 2
+    assert split_by_decay(dict(scales.named_parameters()), 0.1) == [([*dict(scales.named_parameters())], 0.0)]
 
 
 def test_norm_keeps_its_digits_where_torch_loses_them() -> None:

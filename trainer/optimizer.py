@@ -52,12 +52,17 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def split_by_decay(trainable: Mapping[str, nn.Parameter], weight_decay: float) -> list[tuple[list[str], float]]:
-    """Names of the parameters with their weight decay: matrices decay, vectors and scalars do not.
+    """Names of the parameters with their weight decay: matrices decay, vectors and scalars do not, nor do scales of
+    matrices that stay (`scales_weights`), whose decay would shrink the pretrained model.
 
     Groups without a parameter are left out. The order is that of `trainable`, so that flat buffers built from it are
     the same on every rank.
     """
-    matrices = [name for name, parameter in trainable.items() if len(full_shape(parameter)) >= 2]
+    matrices = [
+        name
+        for name, parameter in trainable.items()
+        if len(full_shape(parameter)) >= 2 and not getattr(parameter, "scales_weights", False)
+    ]
     rest = [name for name in trainable if name not in set(matrices)]
     return [(names, decay) for names, decay in ((matrices, weight_decay), (rest, 0.0)) if names]
 

@@ -390,8 +390,8 @@ def report(cells: dict[str, Any], steps: int) -> str:
         f"`farspan bench adapters`: a Llama of {LAYERS} layers, 3 million parameters, trained on Python source, "
         f"adapted to English text in {steps} steps of {SEQUENCES} x {ROWS} bytes on one CPU thread, weights and "
         f"activations in {cells['machine']['trained_in']}. Loss in nats a byte on held-out text, {start:.3f} at the "
-        "start; mean and range of three seeds at the best learning rate of four, three of them tried. Bytes are counted "
-        "in bf16 with fp32 masters; those of activations are of a row.",
+        "start; mean and range of three seeds at the best learning rate of four, three of them tried. Bytes are "
+        "counted in bf16 with fp32 masters; those of activations are of a row.",
         "",
         "| method | trained | weights MiB | optimizer MiB | kept KiB | peak KiB | step | of LoRA's | lr | start "
         "| loss | range |",

@@ -42,6 +42,7 @@ class PeqaLinear(QuantizedLinear):
         self.register_buffer("packed", pack(integers, bits))
         self.register_buffer("zero", zero)
         self.scale = nn.Parameter(scale)
+        self.scale.scales_weights = True  # type: ignore[attr-defined]  # see `trainer.optimizer.split_by_decay`
 
     def integers(self, rows: slice = slice(None)) -> Tensor:
         """I - z of some rows, fp32 [n, groups, elements]."""
