@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from farspan.errors import CheckpointError
-from farspan.trainer import export, export_check
+from farspan.trainer import export_check, export_job, export_lora
 from farspan.trainer.adapters import integer_files
 from farspan.trainer.adapters.lora import start as lora_start
 from farspan.trainer.adapters.lora.apply import install
@@ -381,7 +381,7 @@ def test_full_export_is_what_save_pretrained_writes(
 
 def test_a_large_model_is_sharded_like_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Trained(tmp_path / "run")
-    monkeypatch.setattr(export, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(export_job, "SHARD_SIZE", "40KB")
     report = trained.export(tmp_path / "out")
     trained.live.save_pretrained(tmp_path / "reference", max_shard_size="40KB")
     ours, theirs = (
@@ -605,7 +605,7 @@ def test_a_value_changed_while_writing_is_noticed(tmp_path: Path, monkeypatch: p
         tensors[name].view(torch.int32).flatten()[0] ^= 1
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(export, "save_file", save_wrongly)
+    monkeypatch.setattr(export_job, "save_file", save_wrongly)
     with pytest.raises(CheckpointError, match="not what was saved") as error:
         trained.export(tmp_path / "out")
     assert "differs from the checkpoint" in error.value.why
@@ -628,7 +628,7 @@ def test_wrong_headers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         rest = {key: value for key, value in tensors.items() if key != name}
         save_file(rest | changed[break_it], path, metadata=metadata)
 
-    monkeypatch.setattr(export, "save_file", save_wrongly)
+    monkeypatch.setattr(export_lora, "save_file", save_wrongly)
     with pytest.raises(CheckpointError, match="not what was saved") as error:
         trained.export(tmp_path / "out")
     assert said in error.value.why

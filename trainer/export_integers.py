@@ -11,17 +11,15 @@ from farspan.trainer.adapters import integer_files
 from farspan.trainer.adapters.pv.apply import coded_layers
 from farspan.trainer.bases.load import dequantize
 from farspan.trainer.engine_codes import KIND as CODES
+from farspan.trainer.export_job import ExportJob, Written, write_plain
 from farspan.trainer.models import add_adapter
 
 if TYPE_CHECKING:
     from farspan.trainer.config import L4Q, PV
-    from farspan.trainer.export import ExportJob, Written
 
 
 def export_integers(job: ExportJob, adapter: L4Q | PV, *, merged: bool) -> Written:
     """Returns names and shapes on disk, and what was compared."""
-    from farspan.trainer.export import write_plain
-
     whole = job.whole()
     add_adapter(whole, adapter, seed=job.seed)
     trainable = {name: p for name, p in whole.named_parameters() if p.requires_grad}

@@ -13,12 +13,12 @@ from farspan.trainer.adapters.layers import decoder_layers
 from farspan.trainer.adapters.s2a import files
 from farspan.trainer.adapters.s2a.apply import BIAS, SIDE, add_parts
 from farspan.trainer.attention import PREFIX_KEYS, PREFIX_VALUES
+from farspan.trainer.export_job import ExportJob, Written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from farspan.trainer.adapters.s2a.config import S2A
-    from farspan.trainer.export import ExportJob, Written
 
 
 def _skeleton(job: ExportJob, adapter: S2A) -> tuple[Any, list[str]]:

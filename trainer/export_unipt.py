@@ -10,10 +10,10 @@ from farspan.errors import CheckpointError
 from farspan.trainer import export_check
 from farspan.trainer.adapters.unipt import files
 from farspan.trainer.adapters.unipt.apply import CHILD, add_side_network
+from farspan.trainer.export_job import ExportJob, Written
 
 if TYPE_CHECKING:
     from farspan.trainer.adapters.unipt.config import UniPT
-    from farspan.trainer.export import ExportJob, Written
 
 
 def export_network(job: ExportJob, adapter: UniPT, *, merged: bool) -> Written:
