@@ -20,294 +20,28 @@ import json
 import math
 import multiprocessing
 import os
-import pydoc_data.topics as topics
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from _pretrained import ROWS, batch, pretrained
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from _method_run import CPU, LAYERS, SEQUENCES, Run, source_model
+from _methods import METHODS, Method
+from _pretrained import ROWS
 from transformers.utils import logging as transformers_logging
 
 from farspan.memory.allocations import footprint
-from farspan.memory.config import Tiles
-from farspan.memory.plan import LayerPlan, Placement, Rows
-from farspan.trainer.adapters.layers import decoder_layers
-from farspan.trainer.adapters.lora import start as lora_start
-from farspan.trainer.attention import PackedSequence
-from farspan.trainer.bases.config import (
-    LQ,
-    NF4,
-    Base,
-    Int8,
-    Unquantized,
-)
-from farspan.trainer.bases.prepared.prepare import prepare
-from farspan.trainer.bases.prepared.store import PreparedBase, start_adapters
-from farspan.trainer.config import (
-    COAT,
-    L4Q,
-    LAMB,
-    PEQA,
-    PV,
-    S2A,
-    AdamW8bit,
-    Adapter,
-    Checkpoint,
-    DCTAdamW,
-    Evaluate,
-    FullFineTune,
-    GaLore,
-    LoRA,
-    Mesh,
-    Model,
-    Muon,
-    Optim,
-    Optimizer,
-    PaCA,
-    Reversible,
-    TextData,
-    Track,
-    TrainSpec,
-    UniPT,
-    is_prepared,
-)
-from farspan.trainer.engine_codes import with_codes
-from farspan.trainer.engine_in_backward import InBackwardEngine
-from farspan.trainer.engine_plain import PlainEngine
-from farspan.trainer.models import load_model, prepare_model
-from farspan.trainer.optimizer import lr_at
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, TOY_STEPS = 80, 2
-LAYERS, PRETRAINING_STEPS = 8, 600
-SEQUENCES = 2
 SLOW_BF16 = 0.25
 """Of fp32's matrix products a second; a CPU that does fewer in bf16 trains in fp32."""
 SEEDS = (0, 1, 2)
-CPU = torch.device("cpu")
-LORA = LoRA(rank=8, alpha=16.0)
-LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
-FULL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-PACA_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
-PEQA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-
-
-PLAIN, ADAMW = Unquantized(), Optim()
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table."""
-
-    adapter: Adapter
-    base: Base = PLAIN
-    rates: tuple[float, ...] = LORA_RATES
-    optim: Optimizer = ADAMW
-    how: str = ""
-    """`peft`: peft's own forward and fp32 adapters; `checkpoint`: torch's checkpointing of every layer."""
-    activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
-
-    @property
-    def rebuilt(self) -> bool:
-        return isinstance(self.adapter, Reversible)
-
-
-def full(optim: Optimizer, rates: tuple[float, ...] = FULL_RATES) -> Method:
-    """Every weight trained, by another optimizer than AdamW."""
-    return Method(FullFineTune(), rates=rates, optim=optim)
-
-
-METHODS = {
-    "full fine-tuning": Method(FullFineTune(), rates=FULL_RATES),
-    "full, AdamW in backward": full(Optim(in_backward=True)),
-    "full, adamw8bit": full(AdamW8bit()),
-    "full, coat": full(COAT()),
-    "full, dct_adamw of 32": full(DCTAdamW(rank=32, every=20)),
-    "full, dct_adamw of 32, 4 bits left out": full(DCTAdamW(rank=32, every=1, feedback="4bit")),
-    "full, galore of 32": full(GaLore(rank=32, every=20, scale=1.0)),
-    "full, lamb": full(LAMB(), (1e-3, 2e-3, 4e-3, 8e-3)),
-    "full, muon": full(Muon()),
-    "LoRA, peft's default": Method(LORA, how="peft"),
-    "LoRA": Method(LORA),
-    "LoRA, dropout 0.05": Method(LORA.model_copy(update={"dropout": 0.05})),
-    "LoRA, every layer checkpointed": Method(LORA, how="checkpoint"),
-    "reversible 1, 3 bits, LoRA": Method(Reversible(wiring=1, bits=3, inside=LORA)),
-    "reversible 1, 2 bits, width 16, LoRA": Method(Reversible(wiring=1, bits=2, width=16, inside=LORA)),
-    "reversible 2, 3 bits, width 16, LoRA": Method(Reversible(wiring=2, bits=3, width=16, inside=LORA)),
-    "reversible 3, 3 bits, LoRA": Method(Reversible(wiring=3, bits=3, inside=LORA)),
-    "PaCA": Method(PaCA(rank=16), rates=PACA_RATES),
-    "reversible 1, 3 bits, PaCA": Method(Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=PACA_RATES),
-    "reversible 1, float, anchors of 2, LoRA": Method(
-        Reversible(form="float", wiring=1, anchor_every=2, tolerance=1e-2, inside=LORA)
-    ),
-    "LoRA from pissa": Method(LORA.model_copy(update={"init": "pissa"})),
-    "LoRA from lora_ga": Method(LORA.model_copy(update={"init": "lora_ga"})),
-    "LoRA, 30 % of the rows": Method(LORA.model_copy(update={"keep_rows": 0.3})),
-    "LoRA, activations fused": Method(LORA, activations="fused"),
-    "LoRA, activations in fp8": Method(LORA, activations="fp8"),
-    "LoRA, activations in 4 bits": Method(LORA, activations="int4"),
-    "full, activations in 4 bits": Method(FullFineTune(), rates=FULL_RATES, activations="int4"),
-    "PaCA, activations in 4 bits": Method(PaCA(rank=16), rates=PACA_RATES, activations="int4"),
-    "DoRA": Method(LORA.model_copy(update={"dora": True})),
-    "LoRA on int8": Method(LORA, Int8()),
-    "LoRA on nf4": Method(LORA, NF4()),
-    "LoRA at what nf4 lost (LoRC)": Method(LORA.model_copy(update={"init": "lorc"}), NF4()),
-    "LoRA on lq, 4.1 bits": Method(LORA, LQ(bits=4.127)),
-    "LoRA on lq, 2.75 bits": Method(LORA, LQ(bits=2.75)),
-    "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=PACA_RATES),
-    "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
-    "S2A, biases": Method(S2A(), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
-    "S2A, biases, prompt of 8, side 32": Method(S2A(prompt=8, side=32), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
-    "UniPT": Method(UniPT(reduction=4)),
-    "UniPT on nf4": Method(UniPT(reduction=4), NF4()),
-    "PEQA, 4 bits": Method(PEQA(bits=4), rates=PEQA_RATES),
-    "PEQA, 3 bits": Method(PEQA(bits=3), rates=PEQA_RATES),
-    "PV-Tuning, 4 bits": Method(PV(bits=4), rates=PEQA_RATES),
-    "PV-Tuning, 3 bits": Method(PV(bits=3), rates=PEQA_RATES),
-    "L4Q, 4 bits": Method(L4Q(rank=8, bits=4)),
-    "L4Q, 3 bits": Method(L4Q(rank=8, bits=3)),
-}
-
-
-@lru_cache(maxsize=1)
-def domain() -> tuple[Tensor, Tensor]:
-    """Bytes of the reference's topics: to train on, and a tenth held out, whole topics."""
-    texts = [text.encode() for _, text in sorted(topics.topics.items())]
-    first = len(texts) * 9 // 10
-    train, held = b"\n".join(texts[:first]), b"\n".join(texts[first:])
-    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in (train, held))  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=8)
-def _prepared(method: Method, source: str) -> PreparedBase:
-    """Its base, decomposed here."""
-    root = Path(tempfile.mkdtemp(prefix="farspan-bench-"))
-    spec = TrainSpec(
-        run_dir=str(root / "run"),
-        tokens_dir="",
-        model=Model(source),
-        data=TextData("stdlib"),
-        adapter=method.adapter,
-        base=method.base,
-        precision="bf16",
-        mesh=Mesh(),
-        zero=0,
-        cpu_offload=False,
-        accumulation=1,
-        warmup_steps=0,
-        optim=Optim(),
-        memory=Tiles(),
-        checkpoint=Checkpoint(),
-        evaluate=Evaluate(),
-        track=Track(),
-    )
-    return PreparedBase.open(prepare(spec, cache_root=root / "cache"))
-
-
-def source_model(toy: bool) -> str:
-    return str(pretrained(toy=toy, layers=LAYERS, steps=PRETRAINING_STEPS))
-
-
-class Run:
-    """One method's model, engine and data."""
-
-    def __init__(self, method: Method, seed: int, lr: float, steps: int, toy: bool, dtype: torch.dtype) -> None:
-        self.method, self.steps, self.rows = method, steps, SEQUENCES * ROWS
-        source, prepared = source_model(toy), None
-        if is_prepared(method.base, method.adapter):
-            prepared = _prepared(method, source)
-        causal = load_model(source, revision=None, dtype=dtype, device=CPU, base=method.base, prepared=prepared)
-        layers = decoder_layers(causal)
-        plan = LayerPlan(x=Rows(device=self.rows))
-        placement = Placement(rows=self.rows, attention_rows=self.rows, layers=(plan,) * len(layers))
-        if method.how == "peft":
-            self.module, trainable = _by_peft(causal, seed)
-        else:
-            self.module, trainable = prepare_model(
-                causal,
-                adapter=method.adapter,
-                memory=Tiles(loss_tile=512, activations=method.activations),
-                seed=seed,
-                placement=placement if method.rebuilt else None,
-            )
-        if prepared is not None:
-            start_adapters(self.module.model, prepared)
-        adapter = method.adapter
-        if isinstance(adapter, LoRA) and adapter.init == "pissa":
-            for layer in lora_start.lora_layers(self.module.model).values():
-                lora_start.begin(layer, *lora_start.from_weights(layer, adapter))
-        if isinstance(adapter, LoRA) and adapter.init == "lora_ga":
-            probe = batch(domain()[0], 2 * SEQUENCES, torch.Generator().manual_seed(100 + seed))
-            lora_start.from_gradients(self.module.model, adapter, lambda: self.loss(probe).backward(), seed=seed)
-        if method.how == "checkpoint":
-            for layer in layers:
-                layer.gradient_checkpointing = True  # type: ignore[assignment]
-                layer._gradient_checkpointing_func = lambda call, x: checkpoint(call, x, use_reentrant=False)  # type: ignore[assignment]
-        self.trained = sum(p.numel() for p in trainable.values())
-        self.weight_bytes = sum(t.nbytes for t in (*causal.parameters(), *causal.buffers()))
-        self.optim = method.optim.model_copy(update={"lr": lr, "steps": steps, "beta2": 0.95})
-        engine = InBackwardEngine if self.optim.in_backward else PlainEngine
-        self.plain = engine(self.module, trainable, self.optim, "cpu")
-        self.engine = with_codes(self.plain, self.module, self.optim)
-        self.draw = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
-
-    def batch(self) -> Tensor:
-        return batch(domain()[0], SEQUENCES, self.draw)
-
-    def loss(self, ids: Tensor) -> Tensor:
-        """Sum over all trained bytes of some sequences, packed into one."""
-        labels = ids.roll(-1, 1)
-        labels[:, -1] = -100
-        positions = torch.arange(ids.shape[1]).repeat(ids.shape[0])[None]
-        pack = PackedSequence((ids.shape[1],) * ids.shape[0])
-        return self.module(ids.flatten()[None], labels.flatten()[None], positions, pack)  # type: ignore[no-any-return]
-
-    def step(self, step: int = 1, ids: Tensor | None = None) -> float:
-        ids = self.batch() if ids is None else ids
-        trained, lr = ids.numel() - ids.shape[0], lr_at(step, self.optim, max(1, self.steps // 20))
-        self.engine.begin(lr=lr)
-        loss = self.loss(ids)
-        self.engine.backward(loss / trained, last=True)
-        self.engine.step(lr=lr, clip_norm=None if self.optim.in_backward else 1.0)
-        return float(loss.detach()) / trained
-
-    def held_out(self, toy: bool) -> float:
-        ids = batch(domain()[1], 4 if toy else 48, torch.Generator().manual_seed(3))
-        self.module.eval()
-        with torch.no_grad():
-            losses = [float(self.loss(part)) / (part.numel() - part.shape[0]) for part in ids.split(SEQUENCES)]
-        self.module.train()
-        return statistics.mean(losses)
-
-    def state_bytes(self) -> int:
-        """Masters, moments and the buffer that gradients are added up in."""
-        states = {f.tensor.data_ptr(): f.tensor.nbytes for f in self.plain.fragments()}
-        weights = {p.data_ptr() for p in self.module.parameters()}
-        flat = self.plain._flat
-        return sum(size for at, size in states.items() if at not in weights) + (flat.nbytes if flat is not None else 0)
-
-
-def _by_peft(causal: Any, seed: int) -> tuple[Any, dict[str, Any]]:
-    from peft import LoraConfig, get_peft_model
-
-    from farspan.trainer.models import CausalLMLoss
-
-    torch.manual_seed(seed)
-    adapted = get_peft_model(causal, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    module = CausalLMLoss(adapted, causal, loss_tile=512)
-    module.train()
-    return module, {name: p for name, p in adapted.named_parameters() if p.requires_grad}
 
 
 def machine() -> dict[str, Any]:
@@ -426,6 +160,9 @@ class Cells:
         """Measure a cell that is missing."""
         if key in self.read():
             return
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            sys.exit("the command this worker belongs to has ended")
         found = measure()
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:

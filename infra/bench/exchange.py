@@ -22,8 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from _method_run import SEQUENCES, domain, source_model
+from _methods import LORA
 from _pretrained import ROWS, batch
-from adapters import LORA, SEQUENCES, domain, source_model
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
