@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farspan.kernels.channel_codes import MOST_BITS, SCALE_BYTES
 
-CHUNK_PLANE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+CHUNK_PLANE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Bits that are made a byte each at a time."""
 
 

@@ -35,8 +35,8 @@ from farspan.trainer.parallel.config import AMAQ
 Items: TypeAlias = tuple[range, ...]
 """Which of a layer's items travel together, in order."""
 ATTRIBUTE = "exchange_bits"
-PROBED_ROWS = 256
-"""Of a message, for the gradient of its channels' bits."""
+PROBED_ROWS = 128
+"""Of a message, for the gradient of its channels' bits; up to twice as many."""
 MOMENTUM, MEAN_SQUARE = 0.9, 0.99
 FARTHEST = 6.0
 """|alpha * Q| at most: beyond it the sigmoid has no slope to come back by."""
@@ -289,6 +289,7 @@ class LayerBits:
         in_bytes = self._message_bytes(received, rows, ulysses.rank)
         arrived = torch.empty(sum(in_bytes), dtype=torch.uint8, device=send_NBsD.device)
         ulysses.all_to_all(arrived, messages, in_bytes, out_bytes)
+        del messages
         recv = send_NBsD.new_empty((sum(map(_count, received)), *send_NBsD.shape[1:]))
         parts = recv.split([_count(items) for items in received])
         for part, items, message in zip(parts, received, arrived.split(in_bytes)):
