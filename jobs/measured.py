@@ -158,9 +158,9 @@ def compare(plan: SavedPlan, records: Records) -> Comparison:
         return sum(stall_s.get(lane, 0.0) for lane in lanes)  # type: ignore[call-overload]
 
     forward_s = parts.forward_s + parts.attention_forward_s + parts.head_s + waited("copy_out", "disk_write")
-    forward_s += parts.forward_copies_s
+    forward_s += parts.forward_copies_s + parts.forward_codes_s
     backward_s = parts.backward_s + parts.attention_backward_s + parts.recompute_s + waited("copy_in", "disk_read")
-    backward_s += parts.backward_copies_s
+    backward_s += parts.backward_copies_s + parts.backward_codes_s
     waiting = [Row(_words(lane), waited(lane), _nested(kept, "stall_s", lane), "s") for lane in prediction.moved_bytes]
     step_s = _median(kept, planned_part_of_step_s)
     return Comparison(

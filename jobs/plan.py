@@ -319,6 +319,7 @@ def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
         mlp_tile=None if tile == "off" or rows <= tile else tile,  # rows of one tile run untiled
         micro_batches=train.accumulation,
         activations=train.memory.activations,
+        tier_codec=train.memory.tier_codec,
         optimizer=optimizer_shape(train.optim),
         exchange_bits=train.exchange.bits if isinstance(train.exchange, AMAQ) else None,
         density=train.density.weight > 0,

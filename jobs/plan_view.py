@@ -202,7 +202,36 @@ def exchange_line(planned: Planned) -> str | None:
 
 def error_lines(planned: Planned) -> list[str]:
     """What codes cost in accuracy of gradients, a line for each place that has them."""
-    return [line for line in (error_line(planned), exchange_line(planned)) if line is not None]
+    return [
+        line for line in (error_line(planned), tier_error_line(planned), exchange_line(planned)) if line is not None
+    ]
+
+
+def tier_errors(planned: Planned) -> dict[str, dict[str, float | None]]:
+    """By kind of layer, how far rows on host and disk in codes turn its gradients, where it was measured."""
+    kinds = [kind for kind in planned.problem.kinds if kind.tier_error is not None]
+    return {kind.name: kind.tier_error.model_dump(mode="json") for kind in kinds if kind.tier_error is not None}
+
+
+def tier_error_line(planned: Planned) -> str | None:
+    """What rows in codes cost in accuracy of gradients."""
+    codec = planned.problem.tier_codec
+    if codec == "exact":
+        return None
+    if not any(layer.leaves for layer in planned.placement.layers):
+        return f"rows on host and disk in {codec}: this plan has none there, its gradients are exact"
+    found = [kind.tier_error for kind in planned.problem.kinds if kind.tier_error is not None]
+    if not found:
+        return (
+            f"rows on host and disk in {codec}: gradients are off by what was not measured here "
+            "(farspan plan JOB --measure)"
+        )
+    weights, inputs = max(e.weights or 0.0 for e in found), max(e.input for e in found)
+    return (
+        f"rows on host and disk in {codec}: gradients of the trained weights of a layer that has all its rows there "
+        f"are off by {weights:.1%}, of its input by {inputs:.1%}; measured on random weights, every run measures its "
+        "own rows at start"
+    )
 
 
 def stored_name(name: str, problem: PlanProblem) -> str:
@@ -251,6 +280,7 @@ def part_rows(planned: Planned) -> list[tuple[str, float]]:
         ("rebuild, attention", parts.rebuild_attention_s),
         ("inner forwards", parts.inner_forward_s),
         ("copying saved tensors", parts.forward_copies_s + parts.backward_copies_s),
+        ("codes of rows on host and disk", parts.forward_codes_s + parts.backward_codes_s),
         ("loss head", parts.head_s),
         ("optimizer", parts.optimizer_s),
         *((f"waiting for {lane.replace('_', ' ')}", seconds) for lane, seconds in parts.stall_s.items()),
@@ -288,6 +318,8 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
             for kind in planned.problem.kinds
             if kind.exchange_error is not None
         },
+        "tier_codec": planned.problem.tier_codec,
+        "tier_errors": tier_errors(planned),
         "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:

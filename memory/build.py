@@ -14,6 +14,7 @@ from farspan.memory.profile import HeadProfile, KindProfile, LinearProfile, OnHo
 from farspan.memory.reversible import reversible
 from farspan.memory.shape import ModelShape, Training
 from farspan.memory.states import model_states, weights_of
+from farspan.memory.tier_codes import coded
 
 O_BLOCK_ROWS = 256
 """Rows of O are stored in blocks of so many: attention kernels compute whole blocks of query rows."""
@@ -50,6 +51,7 @@ def build_problem(
         links=links,
         micro_batches=micro_batches,
         frozen_below=frozen_below,
+        codes=profile.codes,
         reversible=any(kind.side_bytes_per_row is not None for kind in profile.kinds),
     )
 
@@ -74,7 +76,7 @@ def problem_for(
     """
     if training.mlp_tile is not None and -(-context // training.sp) <= training.mlp_tile and working_set == "today":
         training = training.model_copy(update={"mlp_tile": None})  # one tile: the MLP runs as it is
-    profile = analytic_profile(shape, training, hardware, working_set=working_set)
+    profile = coded(analytic_profile(shape, training, hardware, working_set=working_set), shape, training, hardware)
     return build_problem(
         profile if training.coupling is None else reversible(profile, shape, training, hardware.memory_bytes_per_s),
         states=model_states(training, hardware, weights_of(shape, training)),
@@ -86,17 +88,20 @@ def problem_for(
 
 
 def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
-    o_bytes, forward_s, backward_s, growth = 0, 0.0, 0.0, 2.0
+    o_bytes, coded_o_bytes, forward_s, backward_s, growth = 0, None, 0.0, 0.0, 2.0
     if kind.attention is not None:
         o_bytes = math.ceil(kind.attention.o_bytes_per_row * attention_rows)
+        coded_o_bytes = _all_rows(kind.attention.coded_o_bytes_per_row, attention_rows)
         forward_s, backward_s = kind.attention.seconds(attention_rows)
         if kind.attention.window is not None and kind.attention.window < attention_rows:
             growth = 1.0
     return LayerKind(
         name=kind.name,
         x_bytes=math.ceil(kind.x_bytes_per_row * rows),
-        side_bytes=None if kind.side_bytes_per_row is None else math.ceil(kind.side_bytes_per_row * rows),
+        side_bytes=_all_rows(kind.side_bytes_per_row, rows),
         o_bytes=o_bytes,
+        coded_x_bytes=_all_rows(kind.coded_x_bytes_per_row, rows),
+        coded_o_bytes=coded_o_bytes,
         o_block_rows=O_BLOCK_ROWS,
         linear=tuple(_linear(linear, rows) for linear in kind.linear),
         keep_bytes=math.ceil(kind.keep_bytes.at(rows)),
@@ -115,8 +120,13 @@ def _kind(kind: KindProfile, rows: int, attention_rows: int) -> LayerKind:
         saved=kind.saved,
         gradient_error=kind.gradient_error,
         exchange_error=kind.exchange_error,
+        tier_error=kind.tier_error,
         on_host=None if kind.on_host is None else _on_host(kind.on_host, rows),
     )
+
+
+def _all_rows(bytes_per_row: float | None, rows: int) -> int | None:
+    return None if bytes_per_row is None else math.ceil(bytes_per_row * rows)
 
 
 def _on_host(kind: OnHostProfile, rows: int) -> OnHost:
@@ -136,6 +146,7 @@ def _linear(linear: LinearProfile, rows: int) -> LinearClass:
     return LinearClass(
         name=linear.name,
         bytes=math.ceil(linear.bytes_per_row * rows),
+        coded_bytes=_all_rows(linear.coded_bytes_per_row, rows),
         matmul_s=linear.matmul_s.at(rows),
         tile_rows=linear.tile_rows,
         inner_only=linear.inner_only,

@@ -23,6 +23,7 @@ from farspan.memory.profile import Amount, HeadProfile, KindProfile, Profile, So
 from farspan.memory.reversible import reversible
 from farspan.memory.shape import ModelShape, OptimizerShape, Training, Weights
 from farspan.memory.states import gradient_width, model_states, optimizer_s, step_peak_bytes
+from farspan.memory.tier_codes import coded
 from farspan.schema import Schema
 
 CODE_VERSION = 7
@@ -106,6 +107,7 @@ def calibrated_problem(
     assert profile.sp == training.sp, (profile.sp, training.sp)
     names = tuple(shape.form(layer).name for layer in range(shape.layers))
     profile = profile.model_copy(update={"layers": names})
+    profile = coded(profile, shape, training, hardware)
     if training.coupling is not None:
         profile = reversible(profile, shape, training, hardware.memory_bytes_per_s)
     weights = _weights(profile, profile.layers)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from farspan.memory.plan import Policy
+from farspan.memory.plan import Policy, TierCodec
 from farspan.schema import Bytes, Count, Schema, parse_bytes
 
 
@@ -43,6 +43,11 @@ class Tiles(Schema):
     """What norms, gated units and linear layers keep for their backward. `autograd`: what transformers' operators do;
     `fused`: what the gradient needs, the rest made again. `fp8` and `int4` keep it in 8 or 4 bits: gradients are then
     approximate, by as much as the plan says. Attention keeps its tensors."""
+
+    tier_codec: TierCodec = "exact"
+    """What rows that a plan sends to host memory or disk are there: `exact`, or `fp8` or `int4` codes, of about half
+    and a quarter of the bytes of bf16, a quarter and an eighth of those of fp32. The loss of given weights keeps its
+    bits; gradients are then approximate, by as much as the plan says. What stays on the device is exact."""
 
     attention: Literal["fastest", "cpu", "flash", "flash3", "flash4", "flash-attn", "cudnn", "efficient"] = "fastest"
     """The attention kernel. `fastest`: of those that run the model, measured when a run starts. `flash` is

@@ -21,19 +21,25 @@ class LayerCost:
     """A layer's plan in bytes and seconds."""
 
     __slots__ = (
-        "attention_s", "device", "disk", "host", "inner_s", "keep", "o", "rebuild_bytes", "rebuild_s", "stored", "x",
+        "attention_s", "away", "device", "disk", "host", "inner_s", "keep", "o", "rebuild_bytes", "rebuild_s", "stored",
+        "x_grows",
     )  # fmt: skip
 
     def __init__(self, kind: LayerKind, plan: LayerPlan, rows: int, attention_rows: int) -> None:
         self.keep = plan.keep
-        self.device = self.host = self.disk = self.o = self.x = given = 0
+        self.device = self.host = self.disk = self.o = given = 0
+        self.x_grows = 0
+        """Bytes that x takes more when its codes have become rows."""
+        self.away = 0.0
+        """Bytes of the rows that leave the device, before they become codes."""
         self.inner_s = self.rebuild_s = kind.elementwise_s + kind.exchange_s
         if plan.x is not None:
             assert plan.x.stored == rows, f"{plan.x} of {rows} rows: a segment's head stores all rows of x"
-            self.x = self._add(plan.x, kind.stored_x_bytes, rows)
+            size = self._add(plan.x, kind.stored_x_bytes, kind.coded_x_bytes, rows)
+            self.x_grows = kind.stored_x_bytes - size if kind.coded_x_bytes is not None else 0
         if plan.o.stored:
             assert kind.o_bytes and plan.o.stored <= attention_rows, (kind.name, plan.o)
-            self.o = self._add(plan.o, kind.o_bytes, attention_rows)
+            self.o = self._add(plan.o, kind.o_bytes, kind.coded_o_bytes, attention_rows)
         missing = 1.0 - plan.o.stored / attention_rows
         self.attention_s = kind.attention_forward_s * missing**kind.attention_growth
         assert plan.linear.keys() <= {linear.name for linear in kind.linear}, (kind.name, plan.linear)
@@ -41,7 +47,7 @@ class LayerCost:
             matmul_s = linear.matmul_s
             if (stored := plan.linear.get(linear.name)) is not None:
                 assert stored.stored <= rows, (linear.name, stored)
-                size = self._add(stored, linear.bytes, rows)
+                size = self._add(stored, linear.bytes, linear.coded_bytes, rows)
                 given += 0 if linear.inner_only else size
                 matmul_s *= 1.0 - stored.stored / rows
             self.inner_s += matmul_s
@@ -49,8 +55,11 @@ class LayerCost:
         self.stored = self.device + self.host + self.disk
         self.rebuild_bytes = max(0, kind.rebuild_peak_bytes - given)
 
-    def _add(self, rows: Rows, total_bytes: int, whole: int) -> int:
-        sizes = [share_bytes(total_bytes, rows.on(tier), whole) for tier in TIERS]
+    def _add(self, rows: Rows, total_bytes: int, coded_bytes: int | None, whole: int) -> int:
+        away_bytes = total_bytes if coded_bytes is None else coded_bytes
+        totals = (total_bytes, away_bytes, away_bytes)
+        sizes = [share_bytes(total, rows.on(tier), whole) for tier, total in zip(TIERS, totals)]
+        self.away += total_bytes * ((rows.host + rows.disk) / whole)
         self.device, self.host, self.disk = self.device + sizes[0], self.host + sizes[1], self.disk + sizes[2]
         return sum(sizes)
 
@@ -154,7 +163,10 @@ class Walk:
             if cost.keep and layer >= frozen:
                 working = kind.x_bytes + kind.keep_bytes + kind.keep_forward_peak_bytes
                 copies_s = self.saved_copies(kind.keep_host_bytes, 0, "forward_copies_s")
-            self.moment("forward", layer, working, kind.forward_s, "forward_s", kind.attention_forward_s + copies_s)
+            coding_s = self.problem.coding_s(cost.away)[0] if layer >= frozen else 0.0
+            self.seconds["forward_codes_s"] += coding_s
+            more_s = kind.attention_forward_s + copies_s + coding_s
+            self.moment("forward", layer, working, kind.forward_s, "forward_s", more_s)
             self.seconds["attention_forward_s"] += kind.attention_forward_s
             if layer >= frozen:
                 self.device += kind.keep_bytes if cost.keep else cost.stored
@@ -230,6 +242,7 @@ class Walk:
     def segment(self, layers: range) -> None:
         """Inner forward, then rebuild and backward of each layer, last first."""
         inputs = self.placement.between == "xo"
+        self.device += self.costs[layers.start].x_grows
         self.inner_forward(layers, first=True, keep_inputs=inputs)
         for layer in reversed(layers):
             if not inputs and layers.start < layer < layers[-1]:
@@ -245,10 +258,14 @@ class Walk:
                 self.device += kind.o_bytes - cost.o
             working = cost.rebuild_bytes + (0 if inputs else own_input)
             again_s = cost.rebuild_s + attention_s + kind.attention_backward_s
-            again_s += self.saved_copies(kind.rebuild_host_bytes, kind.rebuild_fetched_bytes, "backward_copies_s")
+            coding_s = self.problem.coding_s(cost.away)[1]
+            self.seconds["backward_codes_s"] += coding_s
+            again_s += coding_s + self.saved_copies(
+                kind.rebuild_host_bytes, kind.rebuild_fetched_bytes, "backward_copies_s"
+            )
             self.moment("rebuild and backward", layer, working, kind.backward_s, "backward_s", again_s)
             self.host_changes += [(self.now_s, -kind.rebuild_host_bytes)] * (kind.rebuild_host_bytes > 0)
-            self.device -= cost.stored + kind.o_bytes - cost.o + (own_input if inputs else 0)
+            self.device -= cost.stored + cost.x_grows + kind.o_bytes - cost.o + (own_input if inputs else 0)
 
     def inner_forward(self, layers: range, *, first: bool, keep_inputs: bool) -> None:
         """From the segment's head to the layer before `layers`' last, whose input it leaves."""
@@ -316,6 +333,7 @@ class Evaluator:
         assert len(placement.layers) == len(self.kinds), "other layers"
         assert placement.frozen_below == problem.frozen_below, "other layers frozen"
         assert placement.saved == problem.saved, "numbers for saved tensors elsewhere"
+        assert placement.tier_codec == problem.tier_codec, "numbers for other codes"
         return Walk(self, placement, picture)
 
     def used(self, walk: Walk) -> dict[str, int]:

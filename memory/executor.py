@@ -13,8 +13,9 @@ engine's hooks wait for. Cost: one forward per rebuilt layer less what is given,
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from farspan.errors import JobError
 from farspan.kernels.attention import KnownRows
+from farspan.memory.coded_rows import noise_key, row_codec
 from farspan.memory.frame import HOLLOW, TILED_MLP, Frame, draws, linear_classes, reads_last, route_linear
 from farspan.memory.plan import Placement, Rows
 from farspan.memory.saved import saved_on_host
@@ -60,6 +62,7 @@ class Executor:
         assert len(layers) == len(placement.layers), (len(layers), len(placement.layers))
         assert placement.saved == "device" or store is not None, "saved tensors on the host need a store"
         assert coupling is None or all(plan.x is not None for plan in placement.layers), "each layer stores its bits"
+        assert coupling is None or placement.tier_codec == "exact", "reversible layers need their rows bit for bit"
         self.layers, self.placement, self.store, self.coupling = layers, placement, store, coupling
         hollow = hollow and coupling is None and not any(map(reads_last, layers))
         self.hollow = frozenset([HOLLOW]) if hollow else frozenset()
@@ -70,7 +73,7 @@ class Executor:
         self._anchor = torch.empty(0, requires_grad=True)
         for index, (layer, plan) in enumerate(zip(layers, placement.layers)):
             layer.gradient_checkpointing = True  # type: ignore[assignment]
-            layer._gradient_checkpointing_func = partial(self._keep if plan.keep else self._run, index)  # type: ignore[assignment]
+            layer._gradient_checkpointing_func = self.placed(index)  # type: ignore[assignment]
             if plan.keep:
                 continue
             classes = linear_classes(layer)
@@ -83,7 +86,8 @@ class Executor:
 
     @contextlib.contextmanager
     def with_rows_of(self, placement: Placement) -> Iterator[None]:
-        """Inside, forwards store what `placement` says; it may differ from this executor's in numbers of rows only."""
+        """Inside, forwards store what `placement` says; it may differ from this executor's in numbers of rows and in
+        the codes of rows that leave the device."""
         own = self.placement
         assert placement.units() == self.units, "other segments would need other nodes"
         assert placement.saved == self.placement.saved
@@ -93,6 +97,10 @@ class Executor:
             yield
         finally:
             self.placement = own
+
+    def placed(self, index: int) -> Callable[[partial[Any], Tensor], Tensor]:
+        """A layer as the placement has it: takes its call and its hidden states."""
+        return partial(self._keep if self.placement.layers[index].keep else self._run, index)
 
     def saving(self, index: int, call: partial[Any], *held: Tensor) -> AbstractContextManager[None]:
         """Around a run of a layer with autograd; `held` by whoever runs it."""
@@ -183,6 +191,7 @@ class Tape:
         self.layers: dict[int, Layer] = {}
         self.last = -1
         self.autocast = _autocast_state()
+        self.key = noise_key(self.placement.tier_codec)  # before any layer runs: what layers draw is as it would be
 
     def record(self, index: int, x: Tensor, call: partial[Any]) -> Tensor:
         """First forward of a layer, without autograd."""
@@ -262,7 +271,7 @@ class Tape:
         def attended(out: Tensor, lse: Tensor) -> None:
             if plan.o.stored:
                 layer.o = self.put(out.transpose(1, 2), plan.o, f"O of layer {index}")
-                layer.lse = self.put(lse.transpose(1, 2), plan.o, f"log-sum-exp of layer {index}")
+                layer.lse = self.put(lse.transpose(1, 2), plan.o, f"log-sum-exp of layer {index}", exact=True)
 
         def produced(name: str, y: Tensor) -> None:
             layer.linear[name] = self.put(y, plan.linear[name], f"{name} of layer {index}")
@@ -284,8 +293,12 @@ class Tape:
                 for part in self.layers[index].parts() if index in self.layers else ():
                     part.fetch()
 
-    def put(self, tensor: Tensor, rows: Rows, label: str) -> TieredRows:
-        return TieredRows(tensor, rows, self.executor.store, self.executor.ledger, label)
+    def put(self, tensor: Tensor, rows: Rows, label: str, *, exact: bool = False) -> TieredRows:
+        """`exact`: whatever the codec of the tiers is."""
+        codec = None
+        if not exact and rows.host + rows.disk:
+            codec = row_codec(self.placement.tier_codec, math.prod(tensor.shape[2:]), self.key, label)
+        return TieredRows(tensor, rows, self.executor.store, self.executor.ledger, label, codec)
 
     def free(self, index: int) -> None:
         for part in self.layers.pop(index).parts():

@@ -24,6 +24,7 @@ from farspan.memory.operators import gradient_error
 from farspan.memory.samples import MARK_BYTES, LayerSample, Subject, hand_on, mark, weights_in
 from farspan.memory.saved import saved_on_host
 from farspan.memory.single_layers import hooked
+from farspan.memory.tier_error import layer_error
 from farspan.memory.tiers import Store
 
 
@@ -130,6 +131,10 @@ class LayerAllocations(_Layer):
         if subject.exactly is not None:
             sample.exchange_error = gradient_error(self.layer, call, x, without=subject.exactly)
         self.o = self._inputs()
+        seen = rows if self.o is None else self.o[0].shape[2]
+        sample.tier_error = layer_error(
+            self.layer, call, x, subject.tier_codec, attention_rows=seen, hollow=subject.hollow
+        )
         self._plain()
         self._keep()
         self._rebuild()

@@ -163,11 +163,13 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
     heads: list[int] = []
     rebuilt: list[int] = []
 
-    def stored(size: int, at_most: int, *, whole: bool = False) -> list[int]:
+    def stored(sizes: list[int], at_most: int, *, whole: bool = False) -> list[int]:
         columns = [program.column() for _ in TIERS]
         program.row([(at_most, -1.0), *((c, 1.0) for c in columns)], upper=0.0, lower=0.0 if whole else -INFINITY)
-        for tier, column in zip(TIERS, columns):
+        for tier, size, column in zip(TIERS, sizes, columns):
             in_bytes[tier].append((column, size / unit_bytes))
+            if tier != "device":
+                program.cost[column] = sum(problem.coding_s(sizes[0])) / unit_s
         return columns
 
     for name, kind in by_name.items():
@@ -183,17 +185,17 @@ def bound(evaluator: Evaluator, shortest: int, longest: int, *, pieces: int = 12
         in_bytes["host"].append((again, -kind.keep_host_bytes / unit_bytes))
         program.row([(head, 1.0), (again, -1.0)], upper=0.0)
         program.row([(inner, 1.0), (again, -1.0)], upper=0.0)
-        stored(kind.stored_x_bytes, head, whole=True)
+        stored([kind.x_bytes_on(tier) for tier in TIERS], head, whole=True)
         attention = program.column(cost=kind.attention_forward_s / unit_s)
         if kind.o_bytes:
-            given = stored(kind.o_bytes, again)
+            given = stored([kind.o_bytes_on(tier) for tier in TIERS], again)
             for slope, intercept in tangents(kind.attention_growth, pieces):
                 terms = [(attention, 1.0), (again, -slope - intercept), *((c, slope) for c in given)]
                 program.row(terms, lower=0.0)
         else:
             program.row([(attention, 1.0), (again, -1.0), (inner, -1.0)], lower=0.0)
         for linear in kind.linear:
-            given = stored(linear.bytes, again)
+            given = stored([linear.bytes_on(tier) for tier in TIERS], again)
             for needed in (inner,) if linear.inner_only else (inner, again):
                 missing = program.column(cost=linear.matmul_s / unit_s)
                 program.row([(missing, 1.0), (needed, -1.0), *((c, 1.0) for c in given)], lower=0.0)

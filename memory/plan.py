@@ -40,6 +40,12 @@ How a step runs, which is what predicted time and memory stand on:
    layer that has no O to give runs its attention in every forward.
 5. The optimizer runs once, after the last micro-batch. Gradients of a micro-batch are held through those after it.
 
+With a `tier_codec` rows for host and disk become codes when their layer's forward ends, and it is the codes that are
+copied out, held, written, fetched, and on the device until then and again from when they are asked for; compute pays
+for making them in the layer's forward, and for reading them with the layer's rebuild. Codes of x become rows when their
+unit starts, those of O when its complete O is made, those of linear layers when these are given; at the highest point
+of a rebuild no codes of it are left. Log-sum-exps stay as they are.
+
 With `saved="host"` the tensors that autograd saves, in the forward of a kept layer and in every rebuild, wait in host
 memory: compute itself copies each one out when an operator saves it and back when that operator's backward comes, and
 waits for both, so that these copies are paid in full and use none of the lanes above. Those of a kept layer count as
@@ -60,6 +66,7 @@ Tier = Literal["device", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 Policy = Literal["keep", "recompute", "offload-inputs", "memo", "ssdtrain", "solve"]
 Saved = Literal["device", "host"]
+TierCodec = Literal["exact", "fp8", "int4"]
 POLICIES: tuple[Policy, ...] = ("keep", "recompute", "offload-inputs", "memo", "ssdtrain", "solve")
 
 
@@ -111,6 +118,12 @@ class LayerPlan(Schema):
     def head(self) -> bool:
         return self.keep or self.x is not None
 
+    @property
+    def leaves(self) -> bool:
+        """Whether rows of it are on host or disk."""
+        parts = [self.x or Rows(), self.o, *self.linear.values()]
+        return not self.keep and any(rows.host + rows.disk for rows in parts)
+
 
 class Placement(Schema):
     """What the executor carries out."""
@@ -130,6 +143,9 @@ class Placement(Schema):
     """Layers below this one need no gradient: they run forward only, and what is said of them does not apply."""
     saved: Saved = "device"
     """Where the tensors wait that autograd saves in forwards of kept layers and in rebuilds."""
+    tier_codec: TierCodec = "exact"
+    """What rows of x, O and linear outputs are on host and disk. Log-sum-exps, rows on the device and tensors that
+    autograd saves are what they are."""
 
     @model_validator(mode="after")
     def _inputs_can_be_had(self) -> Placement:

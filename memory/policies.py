@@ -42,6 +42,7 @@ def fixed_policy(problem: PlanProblem, policy: FixedPolicy) -> Placement:
         layers=tuple(layers),
         frozen_below=problem.frozen_below,
         saved=problem.saved,
+        tier_codec=problem.tier_codec,
     )
 
 
@@ -73,18 +74,20 @@ def memo_layers(problem: PlanProblem) -> list[LayerPlan]:
     kinds = [problem.kind(layer) for layer in range(len(problem.layers))]
     moved = kinds[problem.frozen_below : max(problem.frozen_below, len(kinds) - 2)]
     host_bytes = problem.budgets.host_bytes - sum(s.bytes for s in problem.states if s.tier == "host")
-    rest = {kind.name: sum(c.bytes for c in kind.linear if not c.inner_only) for kind in problem.kinds}
-    room = host_bytes - sum(kind.stored_x_bytes + kind.o_bytes for kind in moved)
+    rest = {k.name: sum(c.bytes_on("host") for c in k.linear if not c.inner_only) for k in problem.kinds}
+    whole = {kind.name: kind.x_bytes_on("host") + kind.o_bytes_on("host") for kind in problem.kinds}
+    room = host_bytes - sum(whole[kind.name] for kind in moved)
     share_of_host = room / max(1, sum(rest[kind.name] for kind in moved))
 
     def offloaded(kind: LayerKind) -> LayerPlan:
         forward_s = kind.forward_s + kind.attention_forward_s
-        hidden = problem.links.copy_out_bytes_per_s * forward_s - kind.stored_x_bytes - kind.o_bytes
+        hidden = problem.links.copy_out_bytes_per_s * forward_s - whole[kind.name]
         alpha = min(1.0, max(0.0, min(share_of_host, hidden / max(1, rest[kind.name]))))
-        whole = stored_whole(problem, kind, "host")
+        all_rows = stored_whole(problem, kind, "host")
         parts = {c.name: int(alpha * grid_parts(problem.rows, c.tile_rows) + 1e-9) for c in kind.linear}
         stored = {c.name: grid_rows(problem.rows, c.tile_rows, parts[c.name]) for c in kind.linear}
-        return LayerPlan(x=whole.x, o=whole.o, linear={n: Rows(host=stored[n]) for n in whole.linear if stored[n]})
+        linear = {name: Rows(host=stored[name]) for name in all_rows.linear if stored[name]}
+        return LayerPlan(x=all_rows.x, o=all_rows.o, linear=linear)
 
     plans = {kind.name: offloaded(kind) for kind in problem.kinds}
     return [
@@ -115,9 +118,11 @@ def ssdtrain_layers(problem: PlanProblem) -> list[LayerPlan]:
             return Rows(device=device, disk=rows - device)
 
         plans[kind.name] = LayerPlan(
-            x=split(problem.rows, 1, kind.stored_x_bytes),
-            o=split(problem.attention_rows, kind.o_block_rows, kind.o_bytes) if kind.o_bytes else Rows(),
-            linear={c.name: split(problem.rows, c.tile_rows, c.bytes) for c in kind.linear if not c.inner_only},
+            x=split(problem.rows, 1, kind.x_bytes_on("disk")),
+            o=split(problem.attention_rows, kind.o_block_rows, kind.o_bytes_on("disk")) if kind.o_bytes else Rows(),
+            linear={
+                c.name: split(problem.rows, c.tile_rows, c.bytes_on("disk")) for c in kind.linear if not c.inner_only
+            },
         )
     kinds = [problem.kind(layer) for layer in range(len(problem.layers))]
     return [plans[kind.name] for kind in kinds[:-1]] + [stored_whole(problem, kinds[-1], "device")]

@@ -79,6 +79,7 @@ def decode(evaluator: Evaluator, shape: Shape, solved: Solved) -> Placement:
         slots=shape.slots,
         frozen_below=problem.frozen_below,
         saved=problem.saved,
+        tier_codec=problem.tier_codec,
     )
 
 

@@ -30,6 +30,10 @@ class Parts(Schema):
     """Compute copying saved tensors of kept layers to host memory."""
     backward_copies_s: float = 0.0
     """Compute copying saved tensors back, and in rebuilds to host memory."""
+    forward_codes_s: float = 0.0
+    """Making codes of rows for other tiers."""
+    backward_codes_s: float = 0.0
+    """Reading them."""
     head_s: float = 0.0
     optimizer_s: float = 0.0
     stall_s: dict[TransferLane, float] = Field(default_factory=dict)

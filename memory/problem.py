@@ -7,9 +7,11 @@ saved problem replays anywhere and the solver knows nothing of models. `memory.b
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from farspan.memory.plan import Saved, Tier
+from farspan.memory.plan import Saved, Tier, TierCodec
 from farspan.schema import Schema
 
 
@@ -19,6 +21,8 @@ class LinearClass(Schema):
     name: str
     bytes: int = Field(ge=0)
     """All rows."""
+    coded_bytes: int | None = None
+    """All rows as host and disk have them; None: as they are."""
     matmul_s: float = Field(ge=0)
     """Seconds of its forward for all rows; recomputing a share of the rows costs that share."""
     tile_rows: int | None = Field(default=None, ge=1)
@@ -26,6 +30,10 @@ class LinearClass(Schema):
     else bits differ. None: all or none."""
     inner_only: bool = False
     """Not needed to run the layer's backward, only to obtain the next layer's input (`down_proj`)."""
+
+    def bytes_on(self, tier: Tier) -> int:
+        """All rows, as a tier has them."""
+        return _on(tier, self.bytes, self.coded_bytes)
 
 
 class OnHost(Schema):
@@ -59,6 +67,9 @@ class SavedTensor(Schema):
 class GradientError(Schema):
     """How far codes turn a layer's gradients, relative to those without."""
 
+    """How far codes (of saved activations, or of rows on other tiers) turn a layer's gradients, relative to those
+    without."""
+
     weights: float | None
     """Of all trained parameters together; None: none is trained."""
     input: float
@@ -74,6 +85,9 @@ class LayerKind(Schema):
     """Of a reversible layer: what it stores in the place of x. None: x itself."""
     o_bytes: int
     """Attention output and log-sum-exp, all rows; 0: no attention whose output can be given."""
+    coded_x_bytes: int | None = None
+    coded_o_bytes: int | None = None
+    """The same as host and disk have them, log-sum-exp as it is; None: as they are."""
     o_block_rows: int = Field(default=1, ge=1)
     """Rows of O are stored in blocks of so many, the last one cut short."""
     linear: tuple[LinearClass, ...] = ()
@@ -111,6 +125,8 @@ class LayerKind(Schema):
     """None: activations are not kept in codes, or nobody measured."""
     exchange_error: GradientError | None = None
     """The same of what crosses ranks in codes."""
+    tier_error: GradientError | None = None
+    """With x, O and all linear outputs in the codes of other tiers; None: there are none, or nobody measured."""
     on_host: OnHost | None = None
     """None: saved tensors can only wait on the device."""
     keep_host_bytes: int = 0
@@ -126,6 +142,13 @@ class LayerKind(Schema):
     def stored_x_bytes(self) -> int:
         """What is stored where a placement has x."""
         return self.x_bytes if self.side_bytes is None else self.side_bytes
+
+    def x_bytes_on(self, tier: Tier) -> int:
+        """What is stored where a placement has x, all rows, as a tier has them."""
+        return _on(tier, self.stored_x_bytes, self.coded_x_bytes)
+
+    def o_bytes_on(self, tier: Tier) -> int:
+        return _on(tier, self.o_bytes, self.coded_o_bytes)
 
     def saving_on_host(self) -> LayerKind:
         """The same layer with its saved tensors on the host.
@@ -143,6 +166,10 @@ class LayerKind(Schema):
                 "elementwise_s": self.elementwise_s + again_s,
             }
         )
+
+
+def _on(tier: Tier, whole_bytes: int, coded_bytes: int | None) -> int:
+    return whole_bytes if tier == "device" or coded_bytes is None else coded_bytes
 
 
 class State(Schema):
@@ -191,6 +218,14 @@ class Links(Schema):
     disk_read_bytes_per_s: float = Field(gt=0)
 
 
+class TierCodes(Schema):
+    """Codes that rows on host and disk are in: what compute takes to write and read them, per byte of the rows."""
+
+    kind: Literal["fp8", "int4"]
+    encode_bytes_per_s: float = Field(gt=0)
+    decode_bytes_per_s: float = Field(gt=0)
+
+
 class PlanProblem(Schema):
     """All the solver is told."""
 
@@ -211,6 +246,19 @@ class PlanProblem(Schema):
     """Layers give back their inputs from side bits: each of them stores these, and none is kept."""
     saved: Saved = "device"
     """Where the numbers of `kinds` have autograd's saved tensors wait; `saving` makes one from the other."""
+
+    codes: TierCodes | None = None
+    """None: rows on host and disk are as they are; then no kind has coded bytes."""
+
+    @property
+    def tier_codec(self) -> TierCodec:
+        return "exact" if self.codes is None else self.codes.kind
+
+    def coding_s(self, whole_bytes: float) -> tuple[float, float]:
+        """Seconds to write and to read the codes of rows that have so many bytes."""
+        if self.codes is None:
+            return 0.0, 0.0
+        return whole_bytes / self.codes.encode_bytes_per_s, whole_bytes / self.codes.decode_bytes_per_s
 
     @property
     def input_stored_as(self) -> str:

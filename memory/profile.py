@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from farspan.memory.problem import GradientError, SavedTensor
+from farspan.memory.problem import GradientError, SavedTensor, TierCodes
 from farspan.memory.shape import Weights
 from farspan.schema import Schema
 
@@ -80,6 +80,8 @@ class AttentionProfile(Schema):
     """By rows, ascending. Between two, seconds per pair are linear in the logarithm of the rows; outside, constant."""
     o_bytes_per_row: float = Field(ge=0)
     """Output and log-sum-exp of the rank's heads, per row of the whole sequence."""
+    coded_o_bytes_per_row: float | None = None
+    """On other tiers than the device; None: the same."""
 
     def seconds(self, rows: int) -> tuple[float, float]:
         """Forward and backward over `rows` rows."""
@@ -101,6 +103,7 @@ class LinearProfile(Schema):
 
     name: str
     bytes_per_row: float = Field(ge=0)
+    coded_bytes_per_row: float | None = None
     matmul_s: Amount
     tile_rows: int | None = None
     """Rows are stored in tiles of so many; None: all or none, since linear layers run on whole tensors."""
@@ -125,6 +128,7 @@ class KindProfile(Schema):
 
     name: str
     x_bytes_per_row: float
+    coded_x_bytes_per_row: float | None = None
     side_bytes_per_row: float | None = None
     attention: AttentionProfile | None = None
     """None: nothing whose output could be given."""
@@ -146,6 +150,7 @@ class KindProfile(Schema):
     """What `keep_bytes` is made of, largest first."""
     gradient_error: GradientError | None = None
     exchange_error: GradientError | None = None
+    tier_error: GradientError | None = None
     weights: Weights | None = None
     """Of one layer, where it was measured."""
 
@@ -179,8 +184,11 @@ class Profile(Schema):
     """Kind of each decoder layer, bottom first."""
     kinds: tuple[KindProfile, ...]
     head: HeadProfile
+    codes: TierCodes | None = None
+    """Of rows that leave the device; None: they do so as they are."""
     sources: dict[str, Source]
-    """Of each group of numbers: `bytes`, `matmul`, `attention`, `elementwise`, `exchange`, `optimizer`."""
+    """Of each group of numbers: `bytes`, `matmul`, `attention`, `elementwise`, `exchange`, `optimizer`, and `codes`
+    where there are any."""
 
     def assumed(self) -> tuple[str, ...]:
         """What was not measured."""

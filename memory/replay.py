@@ -23,6 +23,9 @@ another order is as good, or the contract says less, this is what is simulated:
   already, so its peak counts without it. Rebuild and backward of a layer share one block of working memory.
 - Ends. The embedding's gradient takes no time; the gradient it is made from and `held_bytes` are there until then.
   With frozen layers it is not made; what the placement says of frozen layers is not looked at.
+- Codes. Made within a layer's forward, read within its rebuild, as far as time goes. Those of x become rows when the
+  first operation of their unit starts; those of O are freed when its complete O is there; those of linear classes
+  count, like rows, as part of what the rebuild makes.
 - Saved tensors on the host. All of a layer's are there from the start of its forward or rebuild. Copies are part of the
   operation that makes them: one time for a rebuild with its copies out, one for a backward with its copies back.
 - Stalls. Waiting is divided along the way of rows (copy out, disk write, disk read, copy in): a lane gets what passes
@@ -82,13 +85,18 @@ class _Program:
         trained = range(self.bottom, len(self.kinds))
         heads = [layer for layer in trained if placement.layers[layer].head]
         assert not trained or heads[:1] == [self.bottom], "nothing below to recompute the first trained layer from"
+        assert placement.tier_codec == problem.tier_codec, (placement.tier_codec, problem.tier_codec)
         self.units = [range(start, end) for start, end in zip(heads, [*heads[1:], trained.stop])][::-1]
         for unit in self.units:
             assert len(unit) == 1 or not placement.layers[unit.start].keep, (unit, "a kept layer heads no segment")
+        self.rows_of: dict[Block, int] = {}
+        """Bytes of the rows that a block of codes stands for."""
         self.stored = [self._stored_rows(layer) for layer in range(len(self.kinds))]
         self.operations: list[Operation] = []
         self.awaited: list[Operation] = []
         """Transfers for which the next computing operation waits."""
+        self.reads: list[Block] = []
+        """Codes of x that become rows when the next computing operation starts."""
         self.outward: dict[Block, list[Operation]] = {}
         self.gradients: dict[str, Block] = {}
         self.copied: dict[Lane, int] = dict.fromkeys(TRANSFERS, 0)
@@ -128,6 +136,8 @@ class _Program:
             if kept:
                 kept.append(_saved(layer, kind.keep_host_bytes))
                 seconds += self.copying_s("copy_out", kind.keep_host_bytes)
+            if layer >= self.bottom:
+                seconds += self.coding_s(layer)[0]
             peak_bytes = kind.keep_forward_peak_bytes if kept else kind.forward_peak_bytes
             releases, output = [self.of(layer, "input")], self.of(layer + 1, "input")
             leaves = [output, *(block._replace(tier="device") for block in self.stored[layer])]
@@ -158,6 +168,7 @@ class _Program:
         return transfers
 
     def segment(self, unit: range) -> None:
+        self.reads = [block for block in self.stored[unit.start] if block.tensor == "x" and block in self.rows_of]
         for layer in reversed(unit):
             last = layer == unit[-1]
             if last or self.placement.between == "o":
@@ -179,7 +190,7 @@ class _Program:
 
     def rebuild(self, layer: int, head: int, last: bool) -> None:
         """Runs a layer with autograd and then its backward, after which nothing of it is left but gradients."""
-        held = [_fetched(block) for block in self.stored[layer] if last or block.tensor != "o"]
+        held = [self.at_hand(block) for block in self.stored[layer] if last or block.tensor != "o"]
         held += [] if layer == head else [self.of(layer, "input")]
         held += [] if last else [self.of(layer, "complete o")]
         kind = self.kinds[layer]
@@ -190,7 +201,7 @@ class _Program:
         made_bytes = max(kind.rebuild_peak_bytes - given_bytes, 0) + completed_bytes
         work = _device(f"layer {layer} rebuild and backward", made_bytes)
         seconds = self.recompute_s(layer, inner=False, attention=last)
-        seconds += self.copying_s("copy_out", kind.rebuild_host_bytes)
+        seconds += self.copying_s("copy_out", kind.rebuild_host_bytes) + self.coding_s(layer)[1]
         drops, makes = [self.of(layer + 1, "input gradient")], [work, _saved(layer, kind.rebuild_host_bytes)]
         self.compute("rebuild", f"layer {layer} rebuild", seconds, drops=drops, makes=makes)
         self.backward(layer, kind.rebuild_fetched_bytes, releases=[*makes, *held])
@@ -209,6 +220,19 @@ class _Program:
         self.copied[lane] += size_bytes
         return size_bytes / getattr(self.problem.links, f"{lane}_bytes_per_s")
 
+    def coding_s(self, layer: int) -> tuple[float, float]:
+        """Seconds that compute makes and reads the codes of a layer's rows."""
+        plan, kind = self.placement.layers[layer], self.kinds[layer]
+        shares = [((plan.x or Rows()), kind.stored_x_bytes, self.rows), (plan.o, kind.o_bytes, self.attention_rows)]
+        shares += [(plan.linear.get(each.name, Rows()), each.bytes, self.rows) for each in kind.linear]
+        return self.problem.coding_s(sum(size * ((rows.host + rows.disk) / whole) for rows, size, whole in shares))
+
+    def at_hand(self, block: Block) -> Block:
+        """Where a layer's rebuild finds stored rows."""
+        if block.tensor != "x" or block not in self.rows_of:
+            return _fetched(block)
+        return _device(f"{block.label}, read", self.rows_of[block])
+
     def recompute_s(self, layer: int, inner: bool, attention: bool) -> float:
         """Seconds of one forward that takes stored rows as given, with or without its attention."""
         kind, plan = self.kinds[layer], self.placement.layers[layer]
@@ -225,7 +249,9 @@ class _Program:
     def compute(self, cause: str, label: str, seconds: float, work_bytes: int = 0, **effects: Blocks) -> Operation:
         """Appends an operation on the compute lane that waits for what is awaited, with working memory of its own."""
         work, after, self.awaited = _device(f"{label} work", work_bytes), self.awaited, []
-        effects["makes"] = [*effects.get("makes", ()), work]
+        effects["drops"] = [*effects.get("drops", ()), *map(_fetched, self.reads)]
+        effects["makes"] = [*effects.get("makes", ()), *map(self.at_hand, self.reads), work]
+        self.reads = []
         effects["releases"] = [work, *effects.get("releases", ())]
         self.operations.append(Operation("compute", cause, label, seconds, 0, after, **effects))
         return self.operations[-1]
@@ -257,16 +283,28 @@ class _Program:
         assert kind.o_bytes or not plan.o.stored, (layer, "there is no O to store")
         assert plan.linear.keys() <= {linear.name for linear in kind.linear}, (layer, sorted(plan.linear))
         tensors = [
-            ("x", plan.x or Rows(), kind.stored_x_bytes, self.rows),
-            ("o", plan.o, kind.o_bytes, self.attention_rows),
+            ("x", plan.x or Rows(), kind.stored_x_bytes, kind.coded_x_bytes, self.rows),
+            ("o", plan.o, kind.o_bytes, kind.coded_o_bytes, self.attention_rows),
         ]
-        tensors += [(each.name, plan.linear.get(each.name, Rows()), each.bytes, self.rows) for each in kind.linear]
-        return [
-            # cut at row bounds, so that the parts of a tensor sum to its bytes
-            Block(tier, f"layer {layer} {name} on {tier}", size * end // whole - size * start // whole, name)
-            for name, stored, size, whole in tensors
-            for tier, (start, end) in stored.spans(whole).items()
+        tensors += [
+            (each.name, plan.linear.get(each.name, Rows()), each.bytes, each.coded_bytes, self.rows)
+            for each in kind.linear
         ]
+        found = []
+        for name, stored, size, coded, whole in tensors:
+            for tier, (start, end) in stored.spans(whole).items():
+                # cut at row bounds, so that the parts of a tensor sum to its bytes
+                rows_bytes, codes_bytes = (
+                    each * end // whole - each * start // whole for each in (size, size if coded is None else coded)
+                )
+                if not rows_bytes:
+                    continue
+                block = Block(tier, f"layer {layer} {name} on {tier}", rows_bytes, name)
+                if tier != "device" and coded is not None:
+                    block = block._replace(bytes=codes_bytes)
+                    self.rows_of[block] = rows_bytes
+                found.append(block)
+        return found
 
 
 def _device(label: str, size_bytes: int) -> Block:

@@ -160,18 +160,20 @@ class RowProgram:
             block.fixed_s += (passes + count) * (kind.elementwise_s + kind.exchange_s)
             block.fixed_s += count * self.evaluator.saved_copies_s(kind)[1]
             if in_heads := sum(n in heads for n in share.layers):
-                share.x = self._stored(in_bytes, in_heads * kind.stored_x_bytes, whole=True)
+                sizes = [in_heads * kind.x_bytes_on(tier) for tier in TIERS]
+                share.x = self._stored(in_bytes, sizes, whole=True)
             if kind.o_bytes:
-                share.o = self._stored(in_bytes, count * kind.o_bytes)
+                share.o = self._stored(in_bytes, [count * kind.o_bytes_on(tier) for tier in TIERS])
                 self._attention(block, share)
             else:
                 block.fixed_s += (passes + count) * kind.attention_forward_s
             for linears in alike(kind.linear):
                 runs = passes + (0 if linears[0].inner_only else count)
-                again_s, size = runs * sum(c.matmul_s for c in linears), sum(c.bytes for c in linears)
+                again_s = runs * sum(c.matmul_s for c in linears)
                 block.fixed_s += again_s
                 if again_s and not self.timeless:
-                    columns = self._stored(in_bytes, count * size, saved_s=again_s)
+                    sizes = [count * sum(c.bytes_on(tier) for c in linears) for tier in TIERS]
+                    columns = self._stored(in_bytes, sizes, saved_s=again_s)
                     block.seconds += [(column, -again_s) for column in columns]
                     share.linear |= {linear.name: columns for linear in linears}
         self.constant_s += block.fixed_s
@@ -181,12 +183,20 @@ class RowProgram:
             self.program.cost[block.tier[tier]] = self._second(IDLE * lanes_s * self.unit_bytes)
 
     def _stored(
-        self, in_bytes: dict[str, list[tuple[int, float]]], size: int, *, whole: bool = False, saved_s: float = 0.0
+        self,
+        in_bytes: dict[str, list[tuple[int, float]]],
+        sizes: list[int],
+        *,
+        whole: bool = False,
+        saved_s: float = 0.0,
     ) -> list[int]:
+        """`sizes` of all rows on each tier; `saved_s` by having all of them."""
         columns = [self.program.column(1.0, -self._second(saved_s)) for _ in TIERS]
         self.program.row([(c, 1.0) for c in columns], lower=1.0 if whole else 0.0, upper=1.0)
-        for tier, column in zip(TIERS, columns):
+        for tier, size, column in zip(TIERS, sizes, columns):
             in_bytes[tier].append((column, size / self.unit_bytes))
+            if tier != "device":
+                self.program.cost[column] += self._second(sum(self.problem.coding_s(sizes[0])))
         return columns
 
     def _attention(self, block: Block, share: Share) -> None:
@@ -303,11 +313,17 @@ class RowProgram:
         share_of_units = 1 / len(block.units) / self.unit_bytes
         for share in block.shares.values():
             if share.o is not None:
-                complete += [(c, -share_of_units * len(share.layers) * share.kind.o_bytes) for c in share.o]
+                layers = share_of_units * len(share.layers)
+                complete += [(c, -layers * share.kind.o_bytes_on(tier)) for tier, c in zip(TIERS, share.o)]
+            if share.x is not None and share.kind.coded_x_bytes is not None:
+                heads = share_of_units * sum(unit.start in share.layers for unit in block.units)
+                grows = heads * (share.kind.stored_x_bytes - share.kind.coded_x_bytes)
+                complete += [(column, grows) for column in share.x[1:]]
             rebuilt = sum(top in share.layers for top in tops)
             for linear in share.kind.linear:
                 if rebuilt and not linear.inner_only:
-                    given += [(c, -share_of_units * rebuilt * linear.bytes) for c in share.linear.get(linear.name, ())]
+                    columns = zip(TIERS, share.linear.get(linear.name, ()))
+                    given += [(c, -share_of_units * rebuilt * linear.bytes_on(tier)) for tier, c in columns]
         found = [([*complete, *given], rebuild)]
         return [*found, (complete, forward)] if forward else found
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from farspan.memory.frame import HOLLOW, TILED_MLP
 from farspan.memory.liveness import Size
 from farspan.memory.moments import Run, fit_end, fit_peak, fit_values
+from farspan.memory.plan import TierCodec
 from farspan.memory.problem import GradientError, SavedTensor
 from farspan.memory.profile import (
     Amount,
@@ -45,6 +46,7 @@ class Subject(NamedTuple):
         hollow: as for the executor.
         gradients: what becomes of them in training.
         exactly: inside, everything crosses ranks as it is; None: it does so anyway.
+        tier_codec: what rows on other tiers will be in.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Subject(NamedTuple):
     hollow: bool
     gradients: Gradients
     exactly: Callable[[], AbstractContextManager[None]] | None = None
+    tier_codec: TierCodec = "exact"
 
 
 @dataclass
@@ -70,6 +73,7 @@ class LayerSample:
     saved: list[SavedTensor] = field(default_factory=list)
     gradient_error: GradientError | None = None
     exchange_error: GradientError | None = None
+    tier_error: GradientError | None = None
     runs: dict[str, list[Run]] = field(default_factory=dict)
     moved: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Bytes of saved tensors copied to the host and back, by way of running it, in the order of `runs`."""
@@ -172,6 +176,7 @@ def layer_profile(name: str, sample: LayerSample, gradients: Gradients, mlp_tile
         saved=tuple(sample.saved),
         gradient_error=sample.gradient_error,
         exchange_error=sample.exchange_error,
+        tier_error=sample.tier_error,
         weights=sample.weights,
     )
 

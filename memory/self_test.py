@@ -7,6 +7,9 @@ only where its saved tensors wait on the host) runs alone on random rows, once p
 with every share of the placement scaled to few rows, and the gradients of its input and of all trained parameters must
 be the same bits.
 
+With codes on other tiers no rebuild can be equal: the test runs without them, with fewer rows where the tiers are as
+small as codes need, and says so. What codes do is another question, which `memory.tier_error` measures.
+
 On CPU memory that was never written is NaN meanwhile, so that whatever is left out of a rebuild is seen to be read by
 nobody. On CUDA outside deterministic mode, where keeping twice differs too, that difference bounds the one allowed.
 Costs two forwards, two backwards and a rebuild of each distinct unit at about a thousand rows; in memory, the unit kept
@@ -28,13 +31,15 @@ from torch import Tensor, nn
 from farspan.errors import JobError, RunFailed
 from farspan.memory.executor import Executor
 from farspan.memory.frame import TILED_MLP
-from farspan.memory.plan import LayerPlan, Placement, Rows
+from farspan.memory.plan import LayerPlan, Placement, Rows, TierCodec
 from farspan.memory.single_layers import calls_of, layer_kind, nothing_zero
 from farspan.memory.tiered import DeviceLedger
 
 ROWS = 1024
 """Rows attention sees in the test: four blocks of O, one for each place its rows can be."""
 O_BLOCK_ROWS = 256
+MOST_CODED = 8
+"""Rows in codes take more than an eighth of their bytes: a unit of so much fewer fits as it is."""
 SPREAD_ALLOWED = 4.0
 """Where kernels are not deterministic: how many times further than keep from keep a rebuild may be."""
 _INPUT = "the gradient of its input"
@@ -56,9 +61,13 @@ class SelfTest:
     seconds: float
     exact: bool
     """Bit for bit; else within the spread of keeping twice."""
+    codec: TierCodec = "exact"
+    """What rows on other tiers are in after the test; in it they are what they are."""
 
     def __str__(self) -> str:
         found = "bit-equal to keep" if self.exact else "as near to keep as keep to itself"
+        if self.codec != "exact":
+            found += f" before rows on other tiers become {self.codec}"
         units = "1 unit" if self.units == 1 else f"{self.units} units"
         return f"self-test {units}, {self.gradients} gradients {found}, {self.seconds:.1f} s"
 
@@ -98,7 +107,9 @@ def self_test(
     """
     started_s = time.perf_counter()
     layers, mlp_tile = executor.layers, _mlp_tile(executor)
+    codec = executor.placement.tier_codec
     placement = scaled(executor.placement, _test_rows(executor.placement, mlp_tile), mlp_tile=mlp_tile)
+    placement = placement.model_copy(update={"tier_codec": "exact"})
     units = _distinct(layers, placement)
     if not units:
         return None
@@ -125,7 +136,7 @@ def self_test(
     executor.ledger = DeviceLedger()
     if executor.store is not None:
         executor.store.statistics(restart=True)
-    return SelfTest(len(units), count, placement.rows, time.perf_counter() - started_s, exact)
+    return SelfTest(len(units), count, placement.rows, time.perf_counter() - started_s, exact, codec)
 
 
 class _Comparison:
@@ -287,6 +298,8 @@ def _mlp_tile(executor: Executor) -> int:
 def _test_rows(placement: Placement, mlp_tile: int) -> int:
     """Rows of a rank: few, but a tile and a cut one where the MLP is tiled, and no more than the placement is for."""
     ranks = placement.attention_rows // placement.rows
+    if placement.tier_codec != "exact":
+        return min(max(placement.rows // MOST_CODED, 1), max(-(-ROWS // ranks), mlp_tile + O_BLOCK_ROWS))
     return min(placement.rows, max(-(-ROWS // ranks), mlp_tile + O_BLOCK_ROWS))
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from farspan.memory.plan import TierCodec
 from farspan.schema import Count, Schema
 
 Precision = Literal["bf16", "fp32"]
@@ -231,6 +232,8 @@ class Training(Schema):
     micro_batches: int = Field(default=1, ge=1)
     activations: Literal["autograd", "fused", "fp8", "int4"] = "autograd"
     """What norms, gated units and trained linear layers keep (`memory.operators`)."""
+    tier_codec: TierCodec = "exact"
+    """What rows on host and disk are in."""
     optimizer: OptimizerShape = OptimizerShape()
     exchange_bits: float | None = Field(default=None, gt=0)
     """Of a channel that crosses ranks in codes; None: everything crosses as it is."""

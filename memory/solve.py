@@ -317,6 +317,7 @@ def bottleneck(evaluator: Evaluator, prediction: Prediction) -> str:
         "recomputing attention": parts.rebuild_attention_s,
         "recomputing linear layers": parts.rebuild_linear_s + parts.inner_forward_s,
         "copying saved tensors to the host and back": parts.forward_copies_s + parts.backward_copies_s,
+        "making and reading codes of rows on host and disk": parts.forward_codes_s + parts.backward_codes_s,
         **{f"waiting for {lane.replace('_', ' ')}": seconds for lane, seconds in parts.stall_s.items()},
     }
     name, seconds = max(costs.items(), key=lambda cost: cost[1])

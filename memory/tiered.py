@@ -10,6 +10,7 @@ from torch import Tensor
 from farspan.memory.plan import Rows
 
 if TYPE_CHECKING:
+    from farspan.memory.coded_rows import RowCodec
     from farspan.memory.tiers import Store, Stored
 
 
@@ -32,14 +33,23 @@ class TieredRows:
         rows: how many rows go where; more than the tensor has are cut, the disk's first.
         store: host and disk; needed where `rows` names them.
         label: what it is, for errors and traces.
+        codec: what rows on host and disk are written in; None: they are stored as they are.
     """
 
-    def __init__(self, tensor: Tensor, rows: Rows, store: Store | None, ledger: DeviceLedger, label: str = "") -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        rows: Rows,
+        store: Store | None,
+        ledger: DeviceLedger,
+        label: str = "",
+        codec: RowCodec | None = None,
+    ) -> None:
         count = tensor.shape[1]
         spans = rows.fit(count).spans(count)
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.first = min((first for first, _ in spans.values()), default=count)
-        self._ledger, self._store = ledger, store
+        self._ledger, self._store, self._codec = ledger, store, codec
         self._kept: Tensor | None = None
         self._fetched: Tensor | None = None
         self._kept_span = spans.get("device", (count, count))
@@ -51,12 +61,18 @@ class TieredRows:
                 ledger.add(self._kept_bytes())
             else:
                 assert store is not None, "a plan that offloads needs a store"
-                rows_there = tensor[:, first:end].contiguous()
+                rows_there = tensor[:, first:end]
+                rows_there = rows_there.contiguous() if codec is None else codec.encode(rows_there, first)
                 self._away.append(((first, end), store.put(tier, rows_there, label=label)))
 
     def fetch(self) -> None:
-        """Start bringing back what is away, into memory for just those rows: it may be long before they are taken."""
-        if self._away and self._fetched is None:
+        """Start bringing back what is away, into memory for just those rows, or their codes: it may be long before they
+        are taken."""
+        if self._codec is not None:
+            for _, stored in self._away:
+                assert self._store is not None
+                self._store.fetch(stored, last=True)
+        elif self._away and self._fetched is None:
             self._fetched = self._empty(self._kept_span[0] - self.first)
             for target, stored in self._targets(self._fetched):
                 if target.is_contiguous():
@@ -73,6 +89,8 @@ class TieredRows:
         else:
             self.fetch()
             fetched = self._fetched
+            if self._codec is not None and self._away:
+                return self._decoded()
             for target, stored in self._targets(fetched) if fetched is not None else ():
                 assert self._store is not None
                 self._store.get(stored, out=target)
@@ -84,6 +102,20 @@ class TieredRows:
                     whole[:, self.first : self._kept_span[0]] = fetched
                 if self._kept is not None:
                     whole[:, self._kept_span[0] : self._kept_span[1]] = self._kept
+        self.free()
+        return whole
+
+    def _decoded(self) -> Tensor:
+        """As `take`, of codes; each span's are let go once its rows are there."""
+        assert self._codec is not None and self._store is not None
+        whole = self._empty(self.shape[1])
+        if self._kept is not None:
+            whole[:, self._kept_span[0] : self._kept_span[1]] = self._kept
+        while self._away:
+            (first, end), stored = self._away[-1]
+            self._codec.decode(self._store.get(stored), whole[:, first:end])
+            self._away.pop()
+            self._store.free(stored)
         self.free()
         return whole
 

@@ -247,7 +247,8 @@ def _step(
         made = Model(family, precision=precision, adapter=adapter, base=base, activations=activations, density=density)
     if tile is not None:
         tile_mlp(made.model, tile)
-    store = Store(host_bytes=64 << 20) if placement is not None and placement.saved == "host" else None
+    away = placement is not None and (placement.saved == "host" or any(plan.leaves for plan in placement.layers))
+    store = Store(host_bytes=64 << 20) if away else None
     executor = None
     if placement is not None:
         executor = Executor(made.layers, placement, store, hollow=True, coupling=made.coupling)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from farspan.memory.plan import TIERS, LayerPlan, Placement, Rows
 from farspan.memory.policies import KEEP, grid_parts, grid_rows
-from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, OnHost, PlanProblem, State
+from farspan.memory.problem import Budgets, Head, LayerKind, LinearClass, Links, OnHost, PlanProblem, State, TierCodes
 from farspan.schema import Schema
 
 PROBLEMS = Path(__file__).parent / "plan_problems"
@@ -152,6 +152,22 @@ def anchored(problem: PlanProblem) -> PlanProblem:
     return problem.model_copy(update={"kinds": kinds, "reversible": True, "frozen_below": 0})
 
 
+def in_codes(problem: PlanProblem) -> PlanProblem:
+    """The same with rows on host and disk in half of their bytes, a quarter of those of linear layers."""
+    codes = TierCodes(kind="fp8", encode_bytes_per_s=32.0, decode_bytes_per_s=64.0)
+    kinds = tuple(
+        kind.model_copy(
+            update={
+                "coded_x_bytes": kind.x_bytes // 2,
+                "coded_o_bytes": kind.o_bytes // 2,
+                "linear": tuple(c.model_copy(update={"coded_bytes": c.bytes // 4}) for c in kind.linear),
+            }
+        )
+        for kind in problem.kinds
+    )
+    return problem.model_copy(update={"kinds": kinds, "codes": codes})
+
+
 @st.composite
 def drawn_rows(draw: st.DrawFn, rows: int, part_rows: int | None, *, whole: bool = False) -> Rows:
     """Rows on the tiers, cut every `part_rows`; `whole`: none is left to be recomputed."""
@@ -193,6 +209,7 @@ def placements(draw: st.DrawFn, problem: PlanProblem) -> Placement:
         slots=draw(st.integers(1, 3)),
         frozen_below=problem.frozen_below,
         saved=saved,
+        tier_codec=problem.tier_codec,
     )
 
 

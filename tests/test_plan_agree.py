@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plan_cases import anchored, apart, coupled, on_the_device, placements, problems, saved_problems
+from plan_cases import anchored, apart, coupled, in_codes, on_the_device, placements, problems, saved_problems
 
 from farspan.errors import DoesNotFit
 from farspan.memory.evaluate import evaluate
@@ -35,8 +36,10 @@ def agree(problem: PlanProblem, placement: Placement) -> None:
 
 
 def both(data: st.DataObject, drawn: Callable[[PlanProblem], st.SearchStrategy[Placement]]) -> Compared:
-    """Both sides of a random placement, saved tensors on the device or on the host."""
+    """Both sides of a random placement, saved tensors on the device or on the host, rows there as they are or in
+    codes."""
     problem = data.draw(problems())
+    problem = in_codes(problem) if data.draw(st.booleans()) else problem
     placement = data.draw(drawn(problem))
     predicted, replayed = evaluate(problem, placement), replay(problem, placement)
     moved = {lane: size // problem.micro_batches for lane, size in replayed.lane_bytes.items()}
@@ -86,11 +89,9 @@ def test_nothing_is_predicted_to_be_quicker(data: st.DataObject) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_a_solution_replays_within_its_budgets(problem: PlanProblem) -> None:
-    try:
-        placement = solve(problem).placement
-    except DoesNotFit:
-        return
-    assert replay(problem, placement).over_budget(problem) == []
+    for solved in (problem, in_codes(problem)):
+        with contextlib.suppress(DoesNotFit):
+            assert replay(solved, solve(solved).placement).over_budget(solved) == []
 
 
 @pytest.mark.parametrize("name", sorted(saved_problems()))

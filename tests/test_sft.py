@@ -14,7 +14,8 @@ import torch
 from sp_ranks import on_ranks, train_rank
 
 from farspan import Checkpoint, Evaluate, LoRA, MemoryBudget, Optim, RandomModel, TextData, Track
-from farspan.memory.plan import checkpoint_every_layer
+from farspan.memory.config import Tiers
+from farspan.memory.plan import LayerPlan, Placement, Rows, checkpoint_every_layer
 from farspan.memory.self_test import RebuildDiffers
 from farspan.trainer.config import (
     AMAQ,
@@ -316,3 +317,41 @@ def test_nan_stops_the_run_before_the_update(tokens: Path, tmp_path: Path) -> No
     with pytest.raises(AssertionError, match=r"loss is nan at step 1(.|\n)*the update was not applied"):
         run(spec(tokens, tmp_path / "run"))
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_rows_in_codes_on_the_host_and_on_disk(tokens: Path, tmp_path: Path) -> None:
+    """Against rows as they are: half of the bytes, nearly the losses; what gradients lose is said; int4 resumes."""
+    model = MODEL.model_copy(update={"hidden": 128})
+    plan = LayerPlan(x=Rows(host=256), o=Rows(host=128, disk=128))
+    tiers = Tiers(host_bytes=1 << 20, disk_dir=str(tmp_path), disk_bytes=1 << 20)
+    runs: dict[str, tuple[list[dict[str, Any]], Events]] = {}
+    for codec in ("exact", "fp8", "int4"):
+        placement = Placement(rows=256, attention_rows=256, layers=(plan,) * 2, tier_codec=codec)  # type: ignore[arg-type]
+        how = {"model": model, "placement": placement, "tiers": tiers, "precision": "bf16"}
+        how |= {"optim": Optim(lr=1e-2, steps=8), "checkpoint": Checkpoint(every=4, keep=9, export=False)}
+        made, events = spec(tokens, tmp_path / codec, **how), Events()
+        train(made, World(), events)
+        runs[codec] = read_metrics(tmp_path / codec / "metrics.jsonl"), events
+    exact, exact_events = runs["exact"]
+    assert "tiers" not in [event for event, _ in exact_events.told]
+    lanes = ("copy_out", "disk_write")
+    moved = {codec: {n: sum(r["moved_bytes"][n] for r in found) for n in lanes} for codec, (found, _) in runs.items()}
+    for codec, share, close in (("fp8", 0.5625, 0.01), ("int4", 0.28125, 0.05)):
+        found, events = runs[codec]
+        for lane in lanes:  # beside log-sum-exps, which are what they are
+            assert share < moved[codec][lane] / moved["exact"][lane] < share + 0.05
+        peak, whole = (max(r["tier_peak_bytes"]["host"] for r in records) for records in (found, exact))
+        assert peak < (share + 0.15) * whole  # of whole pages
+        assert found[0]["loss"] == exact[0]["loss"], "the forward keeps its bits"
+        assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in exact], rel=close)
+        assert found[-1]["loss"] != exact[-1]["loss"] and found[-1]["loss"] < found[0]["loss"]
+        assert [event for event, _ in events.told[:2]] == ["self-test", "tiers"]
+        assert f"bit-equal to keep before rows on other tiers become {codec}, " in events.told[0][1]
+        errors = re.fullmatch(
+            rf"with rows on host and disk in {codec} a unit's gradients are off by (.+)%, at most (.+)% \(layer [01]\)",
+            events.told[1][1],
+        )
+        assert errors is not None and 0.1 < float(errors[1]) <= float(errors[2]) < 60
+    resumed_from(tmp_path / "int4", tmp_path / "half", 4)
+    train(made.model_copy(update={"run_dir": str(tmp_path / "half")}), World(), Silent())
+    assert numbers(read_metrics(tmp_path / "half" / "metrics.jsonl")) == numbers(runs["int4"][0])

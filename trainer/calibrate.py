@@ -23,6 +23,7 @@ from farspan.memory.measure import measure_profile
 from farspan.memory.problem import Links
 from farspan.memory.profile import Profile, Source
 from farspan.memory.samples import Subject
+from farspan.memory.tier_error import measure_codes
 from farspan.memory.tiers import OffTier, Store
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
@@ -94,9 +95,16 @@ def profile_of(request: CalibrationRequest, device: torch.device) -> Profile:
         hollow=hollow_layers(causal),
         gradients=request.gradients,
         exactly=exactly,
+        tier_codec=request.memory.tier_codec,
     )
     names = [request.kinds[index] for index in first]
-    return measure_profile(subject, names, loss_tile=loss_tile, mlp_tile=mlp_tile, sp=request.sp)
+    profile = measure_profile(subject, names, loss_tile=loss_tile, mlp_tile=mlp_tile, sp=request.sp)
+    if request.memory.tier_codec == "exact":
+        return profile
+    width, dtype = config.get_text_config().hidden_size, DTYPES[request.precision]
+    codes = measure_codes(request.memory.tier_codec, width, dtype, device)
+    source = Source(how="measured", what=f"rows of {width} elements made {codes.kind} and read again")
+    return profile.model_copy(update={"codes": codes, "sources": {**profile.sources, "codes": source}})
 
 
 def _config(request: CalibrationRequest) -> Any:

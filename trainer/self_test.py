@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -22,8 +22,9 @@ from farspan.memory.anchors import anchor_errors
 from farspan.memory.coupling import fraction_for
 from farspan.memory.operators import gradient_error
 from farspan.memory.problem import GradientError
-from farspan.memory.self_test import RebuildDiffers, SelfTest, self_test
-from farspan.memory.single_layers import hooked
+from farspan.memory.self_test import RebuildDiffers, SelfTest, scaled, self_test
+from farspan.memory.single_layers import Hook, hooked
+from farspan.memory.tier_error import unit_errors
 from farspan.trainer import attention
 from farspan.trainer.attention import PackedSequence
 from farspan.trainer.batch import Rows
@@ -110,7 +111,6 @@ def gradient_errors(
         without: inside, the codes in question are left out. Default: those of saved activations.
     """
     layers, found, gathered = module.layers, list[GradientError](), _gathering(zero)
-    rows = input_ids.shape[1]
 
     def look(layer: torch.nn.Module, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         with gathered(layer.parameters()):
@@ -119,21 +119,55 @@ def gradient_errors(
                 found.append(error)
             return call(x)
 
-    decoder, coupling = module.decoder, module.coupling
+    hooks = {index: partial(look, layer) for index, layer in enumerate(layers)}
+    if module.coupling is not None:
+        module.coupling.on = False
+    try:
+        _run_hooked(module, input_ids, grid, ulysses, hooks, gathered)
+    finally:
+        if module.coupling is not None:
+            module.coupling.on = True
+    return found
+
+
+def tier_errors(
+    module: CausalLMLoss, input_ids: torch.Tensor, grid: RankGrid, ulysses: Ulysses | None, *, zero: int, seed: int
+) -> dict[range, GradientError]:
+    """What codes of rows on host and disk do to the gradients of each segment that has some there, of this model on
+    real tokens; empty without codes. Collective, before the engine takes the model over.
+
+    Args:
+        input_ids: int64 [1, s], some rows of this rank.
+    """
+    executor, found = module.executor, dict[range, GradientError]()
+    if executor is None or executor.placement.tier_codec == "exact":
+        return found
+    gathered = _gathering(zero)
+    placement = scaled(executor.placement, input_ids.shape[1])
+    hooks = unit_errors(executor, placement, found.__setitem__, seed=seed, gathered=gathered)
+    with executor.with_rows_of(placement):
+        _run_hooked(module, input_ids, grid, ulysses, hooks, gathered)
+    if executor.store is not None:
+        executor.store.statistics(restart=True)
+    return found
+
+
+def _run_hooked(
+    module: CausalLMLoss,
+    input_ids: torch.Tensor,
+    grid: RankGrid,
+    ulysses: Ulysses | None,
+    hooks: Mapping[int, Hook],
+    gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[object]],
+) -> None:
+    """The decoder on the tokens of one document, hooks in the place of its layers."""
+    layers, decoder, rows = module.layers, module.decoder, input_ids.shape[1]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = [p for p in decoder.parameters() if id(p) not in inside]
     positions = torch.arange(grid.sp_index * rows, (grid.sp_index + 1) * rows, device=grid.device)[None]
     sequence = PackedSequence((rows * grid.mesh.sp,), ulysses)
-    if coupling is not None:
-        coupling.on = False
-    try:
-        hooks = {index: partial(look, layer) for index, layer in enumerate(layers)}
-        with gathered(outside), torch.no_grad(), hooked(layers, hooks):
-            decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **{attention.KEYWORD: sequence})
-    finally:
-        if coupling is not None:
-            coupling.on = True
-    return found
+    with gathered(outside), torch.no_grad(), hooked(layers, hooks):
+        decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **{attention.KEYWORD: sequence})
 
 
 def _any(true: bool, grid: RankGrid) -> bool:

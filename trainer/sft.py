@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from farspan.errors import FarspanError, NonFinite
 from farspan.memory.addresses import TwoLevels
 from farspan.memory.coupling import Coupling
+from farspan.memory.problem import GradientError
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
 from farspan.trainer.adapters.config import inner
@@ -44,7 +45,13 @@ from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.self_test import check_rebuilding, gradient_errors, reversible_anchors, reversible_range
+from farspan.trainer.self_test import (
+    check_rebuilding,
+    gradient_errors,
+    reversible_anchors,
+    reversible_range,
+    tier_errors,
+)
 from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
@@ -358,32 +365,39 @@ class Trainer:
                 )
 
         if self.spec.memory.activations in ("fp8", "int4"):
-            self._measure_codes(module, "activations", f"in {self.spec.memory.activations}", without=None)
+            self._tell_errors("activations", f"in {self.spec.memory.activations} a layer's", self._errors(module))
+        if self.spec.placement is not None and self.spec.placement.tier_codec != "exact":
+            rows = self._rows(self.stream.pack(self.grid.dp_index)).input_ids[:, :ERROR_ROWS]
+            errors = tier_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed)
+            codec = self.spec.placement.tier_codec
+            self._tell_errors("tiers", f"with rows on host and disk in {codec} a unit's", errors)
         if self.bits is not None:
             bits = self.bits.config.bits
             self.bits.uniform(bits)
-            self._measure_codes(module, "exchange", f"in {bits:g} bits", without=self.bits.measured_against)
+            errors = self._errors(module, self.bits.measured_against)
+            self._tell_errors("exchange", f"in {bits:g} bits a layer's", errors)
 
-    def _measure_codes(
-        self,
-        module: models.CausalLMLoss,
-        what: str,
-        how: str,
-        *,
-        without: Callable[[], AbstractContextManager[None]] | None,
-    ) -> None:
-        """What the first rows' gradients lose by codes, said before they are used."""
+    def _errors(
+        self, module: models.CausalLMLoss, without: Callable[[], AbstractContextManager[None]] | None = None
+    ) -> dict[range, GradientError]:
+        """What each layer's gradients lose by codes, on the first rows; `without` as for `gradient_errors`."""
         rows = self._rows(self.stream.pack(self.grid.dp_index)).input_ids[:, :ERROR_ROWS]
         zero, seed = self.spec.zero, self.spec.optim.seed
         found = gradient_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed, without=without)
-        if self.grid.rank == 0:
-            errors = [error.weights if error.weights is not None else error.input for error in found]
-            worst = max(range(len(errors)), key=errors.__getitem__)
-            self.progress.event(
-                what,
-                f"{how} a layer's gradients are off by {statistics.median(errors):.1%}, "
-                f"at most {errors[worst]:.1%} (layer {worst})",
-            )
+        return {range(layer, layer + 1): error for layer, error in enumerate(found)}
+
+    def _tell_errors(self, what: str, whose: str, found: dict[range, GradientError]) -> None:
+        """Said before anything is trained with them."""
+        if self.grid.rank or not found:
+            return
+        errors = {unit: e.weights if e.weights is not None else e.input for unit, e in found.items()}
+        worst = max(errors, key=errors.__getitem__)
+        where = f"layer {worst[0]}" if len(worst) == 1 else f"layers {worst[0]} to {worst[-1]}"
+        self.progress.event(
+            what,
+            f"{whose} gradients are off by {statistics.median(errors.values()):.1%}, at most {errors[worst]:.1%} "
+            f"({where})",
+        )
 
     def _start_adapter(self, module: models.CausalLMLoss) -> None:
         """Where LoRA starts, if not at zero: decided once for all attempts of a run."""

@@ -176,12 +176,15 @@ class Encoder:
     Args:
         like_RC: of the tensor's shape and device.
         key: of the noise; None: to the nearest.
+        parts: where the codes go, as `codec.parts` has them; None: into memory allocated here.
     """
 
-    def __init__(self, codec: Codec, like_RC: Tensor, key: int | None) -> None:
+    def __init__(self, codec: Codec, like_RC: Tensor, key: int | None, parts: tuple[Tensor, ...] | None = None) -> None:
         self.codec = codec
         (rows, width), device = like_RC.shape, like_RC.device
-        self.parts = tuple(torch.empty(rows, n, dtype=dtype, device=device) for n, dtype in codec.parts(width))
+        if parts is None:
+            parts = tuple(torch.empty(rows, n, dtype=dtype, device=device) for n, dtype in codec.parts(width))
+        self.parts = parts
         self._key = key if codec.draws else None
         self._draw: torch.Generator | None = None
         if device.type != "cuda" and self._key is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -50,7 +50,19 @@ def gradient_error(
         if settings is None or settings.kind == "fused":
             return None
         without = settings.measured_against
-    trained = [p for p in layer.parameters() if p.requires_grad]
+    return error_between(call, without, x, layer.parameters(), seed=seed)
+
+
+def error_between(
+    call: Callable[[Tensor], Tensor],
+    without: Callable[[], AbstractContextManager[object]],
+    x: Tensor,
+    parameters: Iterable[nn.Parameter],
+    *,
+    seed: int,
+) -> GradientError:
+    """As `gradient_error`, of anything that some parameters are used in; inside `without` there are no codes."""
+    trained = [p for p in parameters if p.requires_grad]
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(cuda, device_type="cuda"), nothing_zero(trained), _gradients_apart(trained):
         with without():
