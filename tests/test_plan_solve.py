@@ -568,13 +568,11 @@ def test_saved_problems_do_not_get_worse(path: Path) -> None:
         print(f"{path.stem}: {solution.prediction.step_s:.2f} s, saved {saved.step_s:.2f} s, gap {solution.gap:.4f}")
 
 
-def test_eighty_layers_are_solved_soon() -> None:
+def test_eighty_layers_are_solved() -> None:
+    """How soon is told by `farspan bench plan`."""
     for tokens in (128 * 1024, 768 * 1024):
-        began_s = time.monotonic()
         solution = solve(deep(tokens))
-        elapsed_s = time.monotonic() - began_s
-        print(f"80 layers, {tokens} tokens: {elapsed_s:.2f} s, step {solution.prediction.step_s:.1f} s")
-        assert elapsed_s < 10
+        assert solution.prediction.fits and solution.gap < 0.05, (tokens, solution.gap)
 
 
 def test_a_plan_does_not_depend_on_how_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
