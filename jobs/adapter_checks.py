@@ -1,4 +1,4 @@
-"""What S2A's parts, UniPT's network and reversible streams do not go with."""
+"""What LoRA's starts, S2A's parts, UniPT's network and reversible streams do not go with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,35 @@ from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import ModelFacts
 from farspan.jobs.optimizers import At
 from farspan.memory.amplification import STREAM_ROUNDING, most_layers
-from farspan.trainer.config import S2A, Reversible, UniPT
+from farspan.trainer.config import S2A, LoRA, Reversible, UniPT
+
+STARTED = ("pissa", "olora", "lora_ga")
+"""Initialisations of LoRA that are not zero."""
+
+
+def check_lora(adapter: LoRA, *, zero: int, at: At) -> None:
+    """Refuse starts and samples that LoRA does not have everywhere."""
+    if adapter.init in STARTED and zero == 3:
+        raise JobError(
+            f"an adapter that starts at {adapter.init} does not go with ZeRO-3",
+            at=at("adapter.init"),
+            why="the frozen pair that takes the start off is no parameter, and peft's own forward runs there",
+            try_="--set parallel.zero=2, or --set adapter.init=default",
+        )
+    if adapter.dora and adapter.init not in ("default", "gaussian"):
+        raise JobError(
+            f"DoRA does not start at {adapter.init}",
+            at=at("adapter.init"),
+            why="its lengths of rows are those of the pretrained weights, to which B A must add nothing at first",
+            try_="--set adapter.init=default",
+        )
+    if adapter.keep_rows < 1 and (zero == 3 or adapter.dora):
+        raise JobError(
+            "a share of the rows needs LoRA layers of one node",
+            at=at("adapter.keep_rows"),
+            why="under ZeRO-3 and with DoRA peft's own forward runs, which stores every row",
+            try_="--set adapter.keep_rows=1, or --set parallel.zero=2",
+        )
 
 
 def check_s2a(job: SFTJob, facts: ModelFacts, adapter: S2A, *, zero: int, at: At) -> None:

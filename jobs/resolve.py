@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 from farspan.cluster.config import GangSpec
 from farspan.cluster.placement import Demand
 from farspan.errors import JobError
-from farspan.jobs.adapter_checks import check_s2a, check_streams, check_unipt
+from farspan.jobs.adapter_checks import STARTED, check_lora, check_s2a, check_streams, check_unipt
+from farspan.jobs.base_checks import check_quantized, check_rounding
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import Machine, ModelFacts
 from farspan.jobs.optimizers import check_optimizer, check_zero_0, only_zero_0
@@ -31,7 +32,6 @@ from farspan.trainer.config import (
     PEQA,
     PV,
     S2A,
-    FullFineTune,
     LoRA,
     Mesh,
     Reversible,
@@ -40,7 +40,6 @@ from farspan.trainer.config import (
     Unquantized,
 )
 
-STARTED = ("pissa", "olora", "lora_ga")
 MIN_ROWS = 2048
 """`auto` keeps at least this many rows of a sequence on a rank. Below it a layer's work is too small to cover its two
 all-to-alls, and the rank is better used on another sequence (dp)."""
@@ -414,27 +413,8 @@ class _Resolution:
 
     def _adapter(self) -> Any:
         adapter, inside = self.job.adapter, inner(self.job.adapter)
-        if isinstance(inside, LoRA) and inside.init in STARTED and self.zero == 3:
-            raise JobError(
-                f"an adapter that starts at {inside.init} does not go with ZeRO-3",
-                at=self._at("adapter.init"),
-                why="the frozen pair that takes the start off is no parameter, and peft's own forward runs there",
-                try_="--set parallel.zero=2, or --set adapter.init=default",
-            )
-        if isinstance(inside, LoRA) and inside.dora and inside.init not in ("default", "gaussian"):
-            raise JobError(
-                f"DoRA does not start at {inside.init}",
-                at=self._at("adapter.init"),
-                why="its lengths of rows are those of the pretrained weights, to which B A must add nothing at first",
-                try_="--set adapter.init=default",
-            )
-        if isinstance(inside, LoRA) and inside.keep_rows < 1 and (self.zero == 3 or inside.dora):
-            raise JobError(
-                "a share of the rows needs LoRA layers of one node",
-                at=self._at("adapter.keep_rows"),
-                why="under ZeRO-3 and with DoRA peft's own forward runs, which stores every row",
-                try_="--set adapter.keep_rows=1, or --set parallel.zero=2",
-            )
+        if isinstance(inside, LoRA):
+            check_lora(inside, zero=self.zero, at=self._at)
         if isinstance(adapter, S2A):
             check_s2a(self.job, self.facts, adapter, zero=self.zero, at=self._at)
         if isinstance(adapter, UniPT):
@@ -479,81 +459,13 @@ class _Resolution:
             base = NF4(double="double" in stored)
             self._decide("base.type", "nf4", "the checkpoint is quantized so")
         if isinstance(inner(self.job.adapter), PEQA | L4Q | PV):
-            self._check_rounding(base, inner(self.job.adapter))
+            check_rounding(self.job, self.facts, base, zero=self.zero, sp=self.sp, at=self._at)
             return base
         check_prepared(self.job.base, self.job.adapter, stored, self._at)
         if isinstance(base, Unquantized):
             return base
-        if isinstance(inner(self.job.adapter), FullFineTune):
-            raise JobError(
-                f"nothing would be trained on a base in {base.type}",
-                at=self._at("base"),
-                why="quantized weights stay as they are, and the job has no adapter inside its layers",
-                try_="--set adapter.type=lora, or --set base=bf16",
-            )
-        if self.zero == 3:
-            raise JobError(
-                f"a base in {base.type} cannot be sharded",
-                at=self._at("parallel.zero"),
-                why="ZeRO-3 gathers parameters, and quantized weights are none; each rank holds them all",
-                try_="--set parallel.zero=2, or --set base=bf16",
-            )
-        if self.facts.experts > 1:
-            raise JobError(
-                f"experts in {base.type} are not known here",
-                at=self._at("base"),
-                why="transformers holds the experts of a layer in one tensor, which is no linear layer",
-                try_="--set base=bf16",
-            )
+        check_quantized(self.job, self.facts, base, zero=self.zero, at=self._at)
         return base
-
-    def _check_rounding(self, base: Any, inside: Any) -> None:
-        """Of adapters that round the matrices themselves."""
-        what = type(inside).__name__
-        if not isinstance(base, Unquantized):
-            given = self.facts.stored_as is not None
-            raise JobError(
-                f"{what} does its own rounding, and the base is in {base.type} already",
-                at=self._at("model" if given else "base"),
-                why="its integers are made from 16 bits",
-                try_="give the checkpoint in 16 bits" if given else "--set base=bf16",
-            )
-        if isinstance(inside, PV):
-            self._check_codes()
-        if self.zero == 3 or (self.zero and self.job.precision == "bf16"):
-            raise JobError(
-                f"{what} does not go with ZeRO-{self.zero}",
-                at=self._at("parallel.zero"),
-                why="each rank rounds whole matrices, which ZeRO-3 cuts up"
-                if self.zero == 3
-                else "DeepSpeed makes every trained weight bf16; scales and steps of integers need fp32, and are few",
-                try_="--set parallel.zero=0",
-            )
-        if self.facts.experts > 1:
-            raise JobError(
-                f"{what} does not round experts",
-                at=self._at("adapter.type"),
-                why="transformers holds the experts of a layer in one tensor, which is no linear layer",
-                try_="--set adapter.type=lora",
-            )
-
-    def _check_codes(self) -> None:
-        """Of trained integers."""
-        if self.zero:
-            raise JobError(
-                f"PV-Tuning does not go with ZeRO-{self.zero}",
-                at=self._at("parallel.zero"),
-                why="integers change where one gradient of a matrix is at hand; sharded engines cut it into buckets",
-                try_="--set parallel.zero=0",
-            )
-        tile, rows = self.job.memory.mlp_tile, -(-self.job.data.context // self.sp)
-        if tile != "off" and rows > tile:
-            raise JobError(
-                "PV-Tuning does not go with tiles of the MLP",
-                at=self._at("memory.mlp_tile"),
-                why=f"which integers change is chosen by the gradient of all {rows} rows, tiles have {tile} at a time",
-                try_="--set memory.mlp_tile=off",
-            )
 
     def _with_alpha(self, adapter: Any, path: str) -> Any:
         if isinstance(adapter, LoRA) and adapter.alpha is None:

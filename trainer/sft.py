@@ -7,51 +7,34 @@ What is random is keyed by (seed, step, micro-batch, rank), so a resumed run nee
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
-from farspan.errors import FarspanError, NonFinite
+from farspan.errors import NonFinite
 from farspan.memory.addresses import TwoLevels
-from farspan.memory.coupling import Coupling
-from farspan.memory.problem import GradientError
 from farspan.memory.tiers.base import Interval
 from farspan.trainer import models
-from farspan.trainer.adapters.config import inner
-from farspan.trainer.adapters.lora import start
 from farspan.trainer.addresses import PlannedAddresses, planned_arena
-from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.batch import rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
-from farspan.trainer.config import AMAQ, LoRA, OnTooLong, RandomModel, TrainSpec
+from farspan.trainer.config import OnTooLong, TrainSpec
 from farspan.trainer.data.packing import Pack, PackedStream, validation_packs
 from farspan.trainer.data.store import TokenStore
 from farspan.trainer.engine import make_engine
 from farspan.trainer.engine_bits import BitsEngine
 from farspan.trainer.metrics import MetricsWriter
 from farspan.trainer.optimizer import lr_at
-from farspan.trainer.parallel.learned_bits import LearnedBits
 from farspan.trainer.parallel.mesh import join
 from farspan.trainer.parallel.ulysses import Ulysses
+from farspan.trainer.part_clock import EXPORT_S, PartClock
 from farspan.trainer.process_memory import PeakMemory
 from farspan.trainer.run_folder import RunFolder
-from farspan.trainer.self_test import (
-    check_rebuilding,
-    gradient_errors,
-    reversible_anchors,
-    reversible_range,
-    tier_errors,
-)
+from farspan.trainer.sft_start import Start
 from farspan.trainer.trace import Span, add_process
 from farspan.trainer.world import Progress, Silent, TrainResult, World
 
@@ -67,10 +50,6 @@ def train(spec: TrainSpec, world: World, progress: Progress | None = None) -> Tr
         return trainer.run()
     finally:
         trainer.close()
-
-
-ERROR_ROWS = 1024
-"""Of the first pack, on which the effect of codes on gradients is measured."""
 
 
 class Trainer:
@@ -90,13 +69,14 @@ class Trainer:
         self.stream = PackedStream(self.store.train, data.context, data.on_too_long, data.pack, spec.optim.seed)
         too_long: OnTooLong = "truncate" if data.on_too_long == "truncate" else "split"
         self.held_out = validation_packs(self.store.validation, data.context, spec.evaluate.max_tokens, too_long)
-        self._write_base_model()
+        start = Start(spec, self.grid, self.ulysses, self.folder, self.stream, progress)
+        start.base_model(self.store.meta)
         self.tiers = models.open_store(spec, self.grid.device)
         module, trainable = models.build(spec, self.grid.device, self.tiers)
-        self._choose_attention(module)
-        self.bits = self._learned_bits(module)
-        self._self_test(module)
-        self._start_adapter(module)
+        start.choose_attention(module)
+        self.bits = start.learned_bits(module)
+        start.self_test(module, self.bits)
+        start.adapter(module)
         self.density = module.density
         if self.density is not None:
             self.density.take(self.grid.device)  # of trials before the first step
@@ -124,7 +104,7 @@ class Trainer:
         self.position: dict[str, Any] = {"step": 0, "next_pack": 0, "tokens_total": 0, "trained_total": 0}
         self.restored: Path | None = None
         self._restore()
-        self._set_range(module)
+        start.set_range(module, self.engine.module, self.position)
         self.writer = (
             MetricsWriter(
                 self.folder,
@@ -324,170 +304,10 @@ class Trainer:
             self.record = record
             self.progress.record(record)
 
-    def _choose_attention(self, module: models.CausalLMLoss) -> None:
-        spec, dtype = self.spec, models.DTYPES[self.spec.precision]
-        asked, rows = spec.memory.attention, spec.data.context
-        name = choose_attention(asked, module.decoder.config, dtype, self.grid, self.folder, rows)
-        if self.grid.rank == 0 and self.grid.device.type != "cpu":
-            self.progress.event("attention", f"{name}, {'the fastest here' if asked == 'fastest' else 'as asked'}")
-
-    def _learned_bits(self, module: models.CausalLMLoss) -> LearnedBits | None:
-        """Gates of the exchange between the ranks of an sp group, where the job has them."""
-        spec = self.spec
-        if not isinstance(spec.exchange, AMAQ) or self.ulysses is None:
-            return None
-        return LearnedBits.of(
-            module.layers,
-            module.decoder.config,
-            spec.exchange,
-            device=self.grid.device,
-            steps=spec.optim.steps,
-            seed=spec.optim.seed,
-        )
-
     def _addresses_planned(self, layout: TwoLevels) -> None:
         if self.grid.rank == 0:
             peak, gap = layout.peak_bytes, layout.gap
             self.progress.event("addresses", f"{len(layout.offsets)} blocks in {peak} bytes, {gap:.1%} above the least")
-
-    def _self_test(self, module: models.CausalLMLoss) -> None:
-        """At every start, since library versions may have changed since the last one."""
-        self.progress.phase("self-test", planned_s=FIRST_TIME_S)
-        seed, zero = self.spec.optim.seed, self.spec.zero
-        found = check_rebuilding(module, self.grid, self.ulysses, zero=zero, seed=seed)
-        if found is not None and self.grid.rank == 0:
-            self.progress.event("self-test", str(found))
-            if module.coupling is not None and module.coupling.store != getattr(self.spec.adapter, "store", None):
-                self.progress.event(
-                    "reversible",
-                    "layers do not give the same bits twice here: they store their inputs, which takes more memory "
-                    "than planned (adapter.store=inputs plans it)",
-                )
-
-        if self.spec.memory.activations in ("fp8", "int4"):
-            self._tell_errors("activations", f"in {self.spec.memory.activations} a layer's", self._errors(module))
-        if self.spec.placement is not None and self.spec.placement.tier_codec != "exact":
-            rows = self._rows(self.stream.pack(self.grid.dp_index)).input_ids[:, :ERROR_ROWS]
-            errors = tier_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed)
-            codec = self.spec.placement.tier_codec
-            self._tell_errors("tiers", f"with rows on host and disk in {codec} a unit's", errors)
-        if self.bits is not None:
-            bits = self.bits.config.bits
-            self.bits.uniform(bits)
-            errors = self._errors(module, self.bits.measured_against)
-            self._tell_errors("exchange", f"in {bits:g} bits a layer's", errors)
-
-    def _errors(
-        self, module: models.CausalLMLoss, without: Callable[[], AbstractContextManager[None]] | None = None
-    ) -> dict[range, GradientError]:
-        """What each layer's gradients lose by codes, on the first rows; `without` as for `gradient_errors`."""
-        rows = self._rows(self.stream.pack(self.grid.dp_index)).input_ids[:, :ERROR_ROWS]
-        zero, seed = self.spec.zero, self.spec.optim.seed
-        found = gradient_errors(module, rows, self.grid, self.ulysses, zero=zero, seed=seed, without=without)
-        return {range(layer, layer + 1): error for layer, error in enumerate(found)}
-
-    def _tell_errors(self, what: str, whose: str, found: dict[range, GradientError]) -> None:
-        """Said before anything is trained with them."""
-        if self.grid.rank or not found:
-            return
-        errors = {unit: e.weights if e.weights is not None else e.input for unit, e in found.items()}
-        worst = max(errors, key=errors.__getitem__)
-        where = f"layer {worst[0]}" if len(worst) == 1 else f"layers {worst[0]} to {worst[-1]}"
-        self.progress.event(
-            what,
-            f"{whose} gradients are off by {statistics.median(errors.values()):.1%}, at most {errors[worst]:.1%} "
-            f"({where})",
-        )
-
-    def _start_adapter(self, module: models.CausalLMLoss) -> None:
-        """Where LoRA starts, if not at zero: decided once for all attempts of a run."""
-        adapter = inner(self.spec.adapter)
-        if not isinstance(adapter, LoRA) or adapter.init not in start.STARTED:
-            return
-        self.progress.phase("adapter", planned_s=FIRST_TIME_S)
-        kept, spec = self.folder.adapter_start, self.spec
-        made_for = json.dumps(
-            [adapter.init, adapter.rank, adapter.alpha, adapter.target_modules, spec.optim.seed, spec.base.type]
-        )
-        if self._first_says(lambda: start.must_be_made(kept, made_for, self.folder.complete_checkpoints())):
-            if adapter.init == "lora_ga":
-                probe = partial(self._probe, module, adapter)
-                if module.coupling is not None:
-                    self._measure_streams(module, module, module.coupling)
-                start.from_gradients(module.model, adapter, probe, seed=spec.optim.seed)
-            elif self.grid.rank == 0:
-                for layer in start.lora_layers(module.model).values():
-                    start.begin(layer, *start.from_weights(layer, adapter))
-            if self.grid.rank == 0:
-                beside = kept.with_name(f".{kept.name}.tmp")
-                save_file(start.pairs(module.model), beside, metadata={"made_for": made_for})
-                beside.replace(kept)
-            if self.grid.world_size > 1:
-                dist.barrier()
-        start.restore(module.model, load_file(kept))  # on all ranks the same bits
-        if self.grid.rank == 0:
-            self.progress.event("adapter", f"starts at {adapter.init}, with a frozen pair that takes the start off")
-
-    def _first_says(self, decide: Callable[[], bool]) -> bool:
-        """What rank 0 finds, on all ranks; an error it meets too. Collective."""
-        found: list[Any] = [None]
-        if self.grid.rank == 0:
-            try:
-                found[0] = decide()
-            except FarspanError as error:
-                found[0] = error
-        if self.grid.world_size > 1:
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], FarspanError):
-            raise found[0]
-        return bool(found[0])
-
-    def _probe(self, module: models.CausalLMLoss, adapter: LoRA) -> None:
-        """Gradients of the first packs, of this dp group's share."""
-        for index in range(self.grid.dp_index, max(adapter.init_packs, self.spec.mesh.dp), self.spec.mesh.dp):
-            pack = self.stream.pack(index)
-            rows = self._rows(pack)
-            loss = module(rows.input_ids, rows.labels, rows.position_ids, rows.sequence)
-            (loss / max(pack.trained_tokens, 1)).backward()
-
-    def _set_range(self, module: models.CausalLMLoss) -> None:
-        """Range or anchors of reversible streams: as in the checkpoint, or from the first pack's hidden states."""
-        coupling = module.coupling
-        if coupling is None:
-            return
-        name, attribute = ("fraction_bits", "fraction") if coupling.form == "exact" else ("anchor_every",) * 2
-        error = None
-        if getattr(self.spec.adapter, name, "auto") == "auto" and self.position.get(name) is not None:
-            setattr(coupling, attribute, self.position[name])
-        else:
-            error = self._measure_streams(self.engine.module, module, coupling)
-        self.position[name] = getattr(coupling, attribute)
-        if self.grid.rank == 0:
-            told = f"streams have {coupling.fraction} bits behind the point"
-            if coupling.form == "float" and coupling.store == "inputs":
-                told = "layers store what they read, streams are not computed back"
-            elif coupling.form == "float":
-                told = f"streams are stored whole every {coupling.anchor_every} layers"
-                told += f" and come back within {error:.2g}" if error is not None else ""
-                if coupling.anchor_every < coupling.anchors_planned:
-                    every = f"adapter.anchor_every={coupling.anchor_every}"
-                    told += f"; {coupling.anchors_planned} were planned, with less memory ({every} plans it)"
-            self.progress.event("reversible", told)
-
-    def _measure_streams(self, whole: Any, module: models.CausalLMLoss, coupling: Coupling) -> float | None:
-        """Sets what the job leaves to be measured; returns the error of streams in floating point. Collective."""
-        asked = getattr(self.spec.adapter, "fraction_bits" if coupling.form == "exact" else "anchor_every", "auto")
-        if coupling.store == "inputs" and coupling.form == "float":
-            return None  # nothing is computed back
-        if coupling.form == "exact" and asked != "auto":
-            return None
-        rows = self._rows(self.stream.pack(self.grid.dp_index))
-        if coupling.form == "exact":
-            coupling.fraction = reversible_range(whole, module, rows, self.grid)
-            return None
-        number = None if asked == "auto" else int(asked)
-        coupling.anchor_every, error = reversible_anchors(whole, module, rows, self.grid, number)
-        return error
 
     def _restore(self) -> None:
         self.progress.phase("restore", planned_s=EXPORT_S)
@@ -495,61 +315,6 @@ class Trainer:
         if restored is not None:
             self.restored, self.position = restored.path, restored.progress
             self.engine.restored(step=self.position["step"])
-
-    def _write_base_model(self) -> None:
-        model, folder = self.spec.model, self.folder.base_model
-        if isinstance(model, RandomModel) and self.grid.rank == 0 and not folder.exists():
-            meta = self.store.meta
-            models.write_random_model(
-                model,
-                folder,
-                precision=self.spec.precision,
-                context=self.spec.data.context,
-                eos_id=meta["eos_id"],
-                pad_id=meta["pad_id"],
-            )
-        if self.grid.world_size > 1:
-            dist.barrier()
-
-
-class PartClock:
-    """Seconds of each part of a step, and the phase the watchdog sees.
-
-    A phase is planned to last as long as the longest seen so far, so that a rank which hangs is told from a slow one.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.parts_s: dict[str, float] = {}
-        self.longest_s: dict[str, float] = {}
-        self.spans: list[Span] | None = None
-        """Every part as it happened, where somebody wants to see it; None: nobody does."""
-
-    @contextmanager
-    def part(self, name: str, *, planned_s: float | None = None) -> Iterator[None]:
-        planned = max(planned_s or 0.0, self.longest_s.get(name, 0.0)) or FIRST_TIME_S
-        self.progress.phase(name, planned_s=planned)
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            ended = time.perf_counter()
-            seconds = ended - started
-            if self.spans is not None:
-                self.spans.append(Span("compute", started, ended, name))
-            self.parts_s[name] = self.parts_s.get(name, 0.0) + seconds
-            self.longest_s[name] = max(self.longest_s.get(name, 0.0), seconds)
-
-    def take(self) -> dict[str, float]:
-        """Seconds by part since the last call."""
-        parts, self.parts_s = self.parts_s, {}
-        return parts
-
-
-EXPORT_S = 1800.0
-"""How long writing a checkpoint with its export may take: the bound the checkpointer itself works with."""
-FIRST_TIME_S = 600.0
-"""How long a phase may take before anything is known about it: first steps compile, page in and warm up."""
 
 
 def _due(step: int, every: int | None) -> bool:
