@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -179,15 +180,20 @@ def write_inputs(folder: Path, length: int) -> None:
             file.write(json.dumps({"text": " ".join(f"w{i}" for i in ids[:-1])}) + "\n")  # the end token makes it whole
 
 
-def run_cell(system: str, length: int) -> dict[str, Any]:
-    """One cell in a process of its own."""
+def fresh_inputs(folder: Path, length: int) -> None:
+    """`write_inputs` in a process of its own."""
+    write = subprocess.run(
+        [sys.executable, __file__, "--inputs", str(folder), "--length", str(length)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert write.returncode == 0, write.stderr
+
+
+def run_cell(inputs: Path, system: str, length: int) -> dict[str, Any]:
+    """One cell in a process of its own, on a copy of `inputs`: it leaves outputs and a cache there."""
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(inputs, folder, dirs_exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FARSPAN_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}
-        write = subprocess.run(
-            [sys.executable, __file__, "--inputs", folder, "--length", str(length)],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert write.returncode == 0, write.stderr
         cell = subprocess.run(
             [sys.executable, __file__, "--cell", system, "--inputs", folder, "--length", str(length)],
             env=environment, capture_output=True, text=True,
@@ -216,12 +222,14 @@ def main(arguments: list[str]) -> int:
     lengths, repeats = ([256], 1) if options.toy else (options.lengths, options.repeats)
     done = json.loads(options.out.read_text()) if options.out.exists() else {"machine": machine(), "cells": {}}
     for length in lengths:
-        for repeat in range(repeats):
-            for system in SYSTEMS:
-                key = f"{length}/{repeat}/{system}"
-                if key in done["cells"]:
-                    continue
-                done["cells"][key] = cell = run_cell(system, length)
+        keys = {f"{length}/{repeat}/{system}": system for repeat in range(repeats) for system in SYSTEMS}
+        missing = {key: system for key, system in keys.items() if key not in done["cells"]}
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as inputs:
+            fresh_inputs(Path(inputs), length)
+            for key, system in missing.items():
+                done["cells"][key] = cell = run_cell(Path(inputs), system, length)
                 print(f"{key:<22} {length / statistics.median(cell['step_s']):8.0f} tok/s", flush=True)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(done, indent=1) + "\n")
