@@ -393,7 +393,8 @@ def against_everything(problem: PlanProblem, tightness: int) -> None:
     limits = {name: limit for name, limit in Evaluator(problem).limits.items() if name != "device"}
     elsewhere = [(used, s) for used, s in walks if all(used[name] <= limit for name, limit in limits.items())]
     least = min(used["device"] for used, _ in elsewhere)
-    most = min(used["device"] for used, s in elsewhere if s == min(s for _, s in elsewhere))
+    fastest_s = min(s for _, s in elsewhere)
+    most = min(used["device"] for used, s in elsewhere if s == fastest_s)
     for device_bytes in {least, least + (most - least) * tightness // 10}:
         tight = with_device(problem, device_bytes)
         best_s = min(s for used, s in elsewhere if used["device"] <= device_bytes)
