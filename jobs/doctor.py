@@ -41,6 +41,8 @@ LOW_SHM_BYTES = 2**30
 LOW_DISK_BYTES = 10 * 2**30
 LOW_DISK_BYTES_PER_S = 200e6
 LOW_OPEN_FILES = 4096
+SLOW_BF16 = 0.25
+"""Of fp32's rate."""
 PACKAGES = ("torch", "transformers", "peft", "ray", "deepspeed")
 
 Level = Literal["ok", "warn", "fail"]
@@ -129,7 +131,7 @@ def devices() -> list[Finding]:
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") is None:
-            return [Finding("device", "ok", "CPU only")]
+            return [Finding("device", "ok", "CPU only"), _cpu_precision()]
         advice = f"torch {torch.__version__} sees no GPU: install a CUDA build, or look at what nvidia-smi says"
         return [Finding("device", "warn", "CPU only, though nvidia-smi is here", advice)]
     findings = []
@@ -146,6 +148,29 @@ def devices() -> list[Finding]:
             )
         )
     return [*findings, _device_bandwidth()]
+
+
+def _cpu_precision() -> Finding:
+    """Products of matrices a second in both precisions: a CPU without instructions for bf16 is tens of times slower in
+    it, and that is the default."""
+    import torch
+
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        times_s = []
+        for _ in range(3):
+            began_s = time.perf_counter()
+            a @ a
+            times_s.append(time.perf_counter() - began_s)
+        rates[dtype] = 2 * 256**3 / min(times_s)
+    fp32, bf16 = rates[torch.float32], rates[torch.bfloat16]
+    value = f"{fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.3g} in bf16"
+    measured = {"fp32_flop_per_s": fp32, "bf16_flop_per_s": bf16}
+    if bf16 < SLOW_BF16 * fp32:
+        advice = "this processor has no instructions for bf16: train with --set precision=fp32"
+        return Finding("precision", "warn", value, advice, measured)
+    return Finding("precision", "ok", value, measured=measured)
 
 
 def _device_bandwidth() -> Finding:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from farspan.jobs import disk_speed
 from farspan.jobs import doctor as examined
 from farspan.jobs.disk_speed import BLOCK_BYTES, measure_disk
-from farspan.jobs.doctor import Finding, doctor, facts
+from farspan.jobs.doctor import Finding, devices, doctor, facts
 
 
 def of(findings: list[Finding], name: str) -> Finding:
@@ -56,6 +57,15 @@ def test_facts_are_json_with_the_measured_numbers(tmp_path: Path) -> None:
     assert measured["memory copy"]["bytes_per_s"] > 1e8
     assert measured["disk speed"]["write_bytes_per_s"] > 1e6
     assert 0 < measured["host memory"]["free_bytes"] <= measured["host memory"]["total_bytes"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asked of processors only")
+def test_a_processor_that_is_slow_in_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for share, level in ((0.0, "ok"), (1e9, "warn")):
+        monkeypatch.setattr(examined, "SLOW_BF16", share)
+        found = of(devices(), "precision")
+        assert found.level == level and ("precision=fp32" in found.advice) == (level == "warn")
+        assert found.measured["fp32_flop_per_s"] > 1e8 and found.measured["bf16_flop_per_s"] > 1e6
 
 
 def test_nobody_at_the_address_is_exit_code_4_within_bounds(tmp_path: Path) -> None:
