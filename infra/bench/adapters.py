@@ -136,11 +136,12 @@ def report(cells: dict[str, Any], steps: int) -> str:
         seeds = [cells[key] for seed in SEEDS if (key := f"{name}/{lr:g}/{seed}") in cells]
         losses = [cell["held_out"] for cell in seeds]
         edge = "*" if lr in (METHODS[name].rates[0], METHODS[name].rates[-1]) else ""
+        spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "one seed"
         took = f"{times[name] * 1e3:.0f} ms | {times[name] / base_s:.2f}" if name in times and base_s else "– | –"
         lines.append(
             f"| {name} | {size['trained']:,} | {size['weights'] / 2**20:.2f} | {size['states'] / 2**20:.2f} "
             f"| {size['kept_per_row'] / 1024:.1f} | {size['peak_per_row'] / 1024:.1f} | {took} | {lr:g}{edge} "
-            f"| {started(cells, name):.3f} | {statistics.mean(losses):.4f} | {max(losses) - min(losses):.4f} |"
+            f"| {started(cells, name):.3f} | {statistics.mean(losses):.4f} | {spread} |"
         )
     lines += ["", "`*`: the best rate is the lowest or highest that was tried."]
     return "\n".join(lines) + "\n"
