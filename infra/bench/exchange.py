@@ -164,8 +164,8 @@ def report(done: dict[str, Any], toy: bool) -> str:
         "# Attention's exchange in few bits",
         "",
         f"`farspan bench exchange`: LoRA of rank 8 on two ranks of a sequence of {SEQUENCES * ROWS} rows, "
-        f"{TOY_STEPS if toy else STEPS} steps, fp32, up to three seeds. Held-out loss in nats a byte, with codes on and "
-        "without; bits on average, and a rank's bytes as a share of 16 bits a number, in the last step; error of a "
+        f"{TOY_STEPS if toy else STEPS} steps, fp32, up to three seeds. Held-out loss in nats a byte, with codes on "
+        "and without; bits on average, and a rank's bytes as a share of 16 bits a number, in the last step; error of a "
         "layer's weight gradients before training, all channels alike.",
         "",
         "| exchange | bits | bytes | gradients off by | loss with codes | loss | range |",
