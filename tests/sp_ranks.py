@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 200.0, **keywords: Any) -> list[Any]:
+def on_ranks(function: Any, world_size: int, *args: Any, timeout_s: float = 290.0, **keywords: Any) -> list[Any]:
     """Run `function(rank, *args)` on spawned gloo ranks and return their results in rank order."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
