@@ -65,10 +65,8 @@ class SavedTensor(Schema):
 
 
 class GradientError(Schema):
-    """How far codes turn a layer's gradients, relative to those without."""
-
-    """How far codes (of saved activations, or of rows on other tiers) turn a layer's gradients, relative to those
-    without."""
+    """How far codes (of saved activations, of rows on other tiers, of what crosses ranks) turn a layer's gradients,
+    relative to those without."""
 
     weights: float | None
     """Of all trained parameters together; None: none is trained."""

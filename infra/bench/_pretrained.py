@@ -1,4 +1,5 @@
-"""A small language model trained here on real text: bytes of the standard library's source, a few minutes of one core.
+"""A small language model trained here on real text: bytes of the standard library's source, some tens of
+minutes of one core.
 
 Kept in the user's cache by what it is made of, so that benchmarks share it. Held out are the last files by name.
 """

@@ -5,7 +5,7 @@ are packed as bit planes: plane after plane of a channel, channel after channel,
 exactly (sum of the channels' bits) / 8 bytes a row, whatever the bits are, and 8 bytes a channel beside. Channels of
 learned bits are those of AMAQ (2025, https://arxiv.org/abs/2510.05468); `trainer.parallel.learned_bits` learns them.
 
-`codes` has them, in torch alone; here stand the sizes, which a planner asks for without torch.
+`codes` has them, in torch alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,3 @@ from __future__ import annotations
 MOST_BITS = 8
 SCALE_BYTES = 8
 """low and step of a channel."""
-
-
-def message_bytes(bits: float, channels: int, rows: int) -> float:
-    """Of some rows of channels that have so many bits on average."""
-    return channels * (bits * -(-rows // 8) + SCALE_BYTES)
