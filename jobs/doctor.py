@@ -17,47 +17,31 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from farspan.errors import FarspanError
 from farspan.jobs.disk_speed import measure_disk
+from farspan.jobs.doctor_cluster import cluster
+from farspan.jobs.finding import Finding, Level
+from farspan.jobs.matmul_speed import matmul_flop_per_s, slow_in_bf16
 from farspan.jobs.progress import size
 
 NOT_READY_EXIT = 4
 PROBE_LIMIT_S = 8.0
-NODE_LIMIT_S = 10.0
 LOW_HOST_BYTES = 2 * 2**30
 LOW_SHM_BYTES = 2**30
 LOW_DISK_BYTES = 10 * 2**30
 LOW_DISK_BYTES_PER_S = 200e6
 LOW_OPEN_FILES = 4096
-SLOW_BF16 = 0.25
-"""Of fp32's rate."""
 PACKAGES = ("torch", "transformers", "peft", "ray", "deepspeed")
-
-Level = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, how it is, and what to do unless it is ok."""
-
-    name: str
-    level: Level
-    value: str
-    advice: str = ""
-    measured: dict[str, Any] = field(default_factory=dict)
-    """Numbers behind `value`, with units in their names."""
 
 
 def doctor(address: str | None = None, *, console: Console, output_dir: Path = Path("outputs")) -> int:
@@ -151,23 +135,11 @@ def devices() -> list[Finding]:
 
 
 def _cpu_precision() -> Finding:
-    """Products of matrices a second in both precisions: a CPU without instructions for bf16 is tens of times slower in
-    it, and that is the default."""
-    import torch
-
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
-        times_s = []
-        for _ in range(3):
-            began_s = time.perf_counter()
-            a @ a
-            times_s.append(time.perf_counter() - began_s)
-        rates[dtype] = 2 * 256**3 / min(times_s)
-    fp32, bf16 = rates[torch.float32], rates[torch.bfloat16]
-    value = f"{fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.3g} in bf16"
-    measured = {"fp32_flop_per_s": fp32, "bf16_flop_per_s": bf16}
-    if bf16 < SLOW_BF16 * fp32:
+    """A CPU without instructions for bf16 is tens of times slower in it, and that is the default."""
+    rates = matmul_flop_per_s()
+    value = f"{rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.3g} in bf16"
+    measured = {f"{name}_flop_per_s": rate for name, rate in rates.items()}
+    if slow_in_bf16(rates):
         advice = "this processor has no instructions for bf16: train with --set precision=fp32"
         return Finding("precision", "warn", value, advice, measured)
     return Finding("precision", "ok", value, measured=measured)
@@ -285,94 +257,6 @@ def output_folder(folder: Path) -> list[Finding]:
     slow = min(speed.write_bytes_per_s, speed.read_bytes_per_s) < LOW_DISK_BYTES_PER_S
     advice = "checkpoints will take long: put output_dir on a local SSD or a faster share" if slow else ""
     return [space, Finding("disk speed", "warn" if slow else "ok", text, advice, asdict(speed))]
-
-
-def cluster(address: str, output_dir: Path) -> list[Finding]:
-    """Whether Ray answers at `address`, what it has, and whether every node shares the output folder with us."""
-    from farspan.cluster.session import connect
-
-    began = time.monotonic()
-    try:
-        with connect(address) as session:
-            import ray
-
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            has = ray.cluster_resources()
-            count = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
-            text = f"{session.address}: {count}, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
-            took_s = time.monotonic() - began
-            reached = Finding(
-                "ray", "ok", f"{text} (in {took_s:.1f} s)", measured={"nodes": len(nodes), "connect_s": took_s}
-            )
-            return [reached, *shared_storage(nodes, output_dir)]
-    except FarspanError as error:
-        return [Finding("ray", "fail", f"{error.what}: {error.why}", error.try_)]
-
-
-def shared_storage(nodes: list[dict[str, Any]], output_dir: Path) -> list[Finding]:
-    """One task per node reads what we wrote into the output folder and writes what we then read."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    folder = output_dir.expanduser().absolute()
-    made = not folder.exists()
-    probe = folder / f".farspan-doctor-{uuid.uuid4().hex[:12]}"
-    try:
-        probe.mkdir(parents=True)
-        (probe / "driver").write_text(probe.name, encoding="utf-8")
-        task = ray.remote(num_cpus=0, max_retries=0)(_write_and_read)
-        asked = {
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                str(probe), node["NodeID"]
-            ): node
-            for node in nodes
-        }
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_LIMIT_S)
-        return [_storage_finding(node, ask if ask in answered else None, probe) for ask, node in asked.items()]
-    except OSError as error:
-        return [
-            Finding(
-                "storage", "fail", f"{folder}: {error.strerror or error}", "set output_dir to storage all nodes mount"
-            )
-        ]
-    finally:
-        shutil.rmtree(probe, ignore_errors=True)
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _storage_finding(node: dict[str, Any], answer: Any, probe: Path) -> Finding:
-    import ray
-
-    name = f"storage on {node.get('NodeManagerAddress', node['NodeID'][:8])}"
-    advice = "set output_dir to storage that every node mounts at the same path"
-    if answer is None:
-        return Finding(
-            name, "fail", f"no answer in {NODE_LIMIT_S:.0f} s", "is the node busy or its mount stale? ray status"
-        )
-    try:
-        seen = ray.get(answer, timeout=1)
-    except Exception as error:  # whatever the task died of is the finding
-        return Finding(name, "fail", str(error).strip().splitlines()[-1], advice)
-    if seen != probe.name:
-        return Finding(name, "fail", f"does not see {probe.parent} of this machine ({seen})", advice)
-    try:
-        written = (probe / node["NodeID"]).read_text(encoding="utf-8")
-    except OSError as error:
-        return Finding(name, "fail", f"its file does not reach this machine ({error.strerror})", advice)
-    same = written == node["NodeID"]
-    return Finding(
-        name, "ok" if same else "fail", "reads and writes" if same else "reads back other bytes", "" if same else advice
-    )
-
-
-def _write_and_read(probe: str, node_id: str) -> str:
-    """Runs on a node: what it reads of the driver's file, after writing its own."""
-    try:
-        (Path(probe) / node_id).write_text(node_id, encoding="utf-8")
-        return (Path(probe) / "driver").read_text(encoding="utf-8")
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def _bounded(name: str, probe: Callable[[], list[Finding]]) -> list[Finding]:

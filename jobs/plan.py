@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 from farspan.errors import DoesNotFit, NoProfile
+from farspan.jobs.adapter_checks import STARTED
 from farspan.jobs.config import SFTJob
 from farspan.jobs.facts import ModelFacts
 from farspan.jobs.optimizers import optimizer_shape
@@ -252,49 +253,48 @@ def stored_as(base: Base) -> StoredAs:
     return StoredAs.model_validate(base.model_dump(include=set(StoredAs.model_fields)))
 
 
+def adapter_shape(inside: object, facts: ModelFacts) -> AdapterShape | None:
+    """What of an adapter its bytes and seconds depend on; None: every weight is trained.
+
+    Args:
+        inside: the adapter, or what is inside reversible layers.
+    """
+    if isinstance(inside, UniPT):
+        rank = facts.hidden // inside.reduction
+        return AdapterShape(kind="network", rank=rank, targets=(), stores_inputs=inside.store == "inputs")
+    if not isinstance(inside, PEQA | S2A | PV | L4Q | PaCA | LoRA):
+        return None
+    asked = () if isinstance(inside, S2A) and not inside.bias else inside.target_modules
+    targets = None if isinstance(asked, str) else tuple(name.split(".")[-1] for name in asked)
+    if isinstance(inside, PEQA):
+        return AdapterShape(kind="scales", rank=1, group=inside.group, targets=targets, precision="fp32")
+    if isinstance(inside, S2A):
+        return AdapterShape(kind="biases", rank=1, targets=targets, prompt=inside.prompt, side=inside.side)
+    if isinstance(inside, PV):
+        return AdapterShape(
+            kind="codes", rank=1, group=inside.group, share=inside.share, targets=targets, precision="fp32"
+        )
+    if isinstance(inside, L4Q):
+        return AdapterShape(kind="learned", rank=inside.rank, group=inside.group, targets=targets, precision="fp32")
+    if isinstance(inside, PaCA):
+        return AdapterShape(kind="columns", rank=inside.rank, targets=targets)
+    return AdapterShape(
+        rank=inside.rank,
+        targets=targets,
+        dropout=inside.dropout > 0,
+        dora=inside.dora,
+        keep_rows=inside.keep_rows,
+        start=inside.init in STARTED,
+        whole=tuple(n for n in WHOLE_MODULES if n in inside.modules_to_save),
+    )
+
+
 def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
     """What of a job the bytes and seconds of a step depend on."""
-    adapter, coupling, inside = None, None, inner(train.adapter)
+    coupling, inside = None, inner(train.adapter)
     stored = None if isinstance(train.base, Unquantized) else stored_as(train.base)
-    if isinstance(inside, PEQA):
-        targets = inside.target_modules
-        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
-        adapter = AdapterShape(kind="scales", rank=1, group=inside.group, targets=named, precision="fp32")
+    if isinstance(inside, PEQA | PV):
         stored = StoredAs(type="integers", bits=inside.bits, group=inside.group)
-    if isinstance(inside, UniPT):
-        adapter = AdapterShape(
-            kind="network", rank=facts.hidden // inside.reduction, targets=(), stores_inputs=inside.store == "inputs"
-        )
-    if isinstance(inside, S2A):
-        targets = inside.target_modules if inside.bias else ()
-        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
-        adapter = AdapterShape(kind="biases", rank=1, targets=named, prompt=inside.prompt, side=inside.side)
-    if isinstance(inside, PV):
-        targets = inside.target_modules
-        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
-        adapter = AdapterShape(
-            kind="codes", rank=1, group=inside.group, share=inside.share, targets=named, precision="fp32"
-        )
-        stored = StoredAs(type="integers", bits=inside.bits, group=inside.group)
-    if isinstance(inside, L4Q):
-        targets = inside.target_modules
-        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
-        adapter = AdapterShape(kind="learned", rank=inside.rank, group=inside.group, targets=named, precision="fp32")
-    if isinstance(inside, PaCA):
-        targets = inside.target_modules
-        named = None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets)
-        adapter = AdapterShape(kind="columns", rank=inside.rank, targets=named)
-    if isinstance(inside, LoRA):
-        targets = inside.target_modules
-        adapter = AdapterShape(
-            rank=inside.rank,
-            targets=None if isinstance(targets, str) else tuple(name.split(".")[-1] for name in targets),
-            dropout=inside.dropout > 0,
-            dora=inside.dora,
-            keep_rows=inside.keep_rows,
-            start=inside.init in ("pissa", "olora", "lora_ga"),
-            whole=tuple(n for n in WHOLE_MODULES if n in inside.modules_to_save),
-        )
     if isinstance(train.adapter, Reversible):
         given = train.adapter
         coupling = CouplingShape(
@@ -308,7 +308,7 @@ def training_of(train: TrainSpec, facts: ModelFacts) -> Training:
     tile, rows = train.memory.mlp_tile, -(-train.data.context // train.mesh.sp)
     return Training(
         precision=train.precision,
-        adapter=adapter,
+        adapter=adapter_shape(inside, facts),
         coupling=coupling,
         base=stored,
         zero=train.zero,

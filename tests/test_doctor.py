@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from farspan.jobs import disk_speed
+from farspan.jobs import disk_speed, doctor_cluster, matmul_speed
 from farspan.jobs import doctor as examined
 from farspan.jobs.disk_speed import BLOCK_BYTES, measure_disk
 from farspan.jobs.doctor import Finding, devices, doctor, facts
@@ -62,7 +62,7 @@ def test_facts_are_json_with_the_measured_numbers(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asked of processors only")
 def test_a_processor_that_is_slow_in_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for share, level in ((0.0, "ok"), (1e9, "warn")):
-        monkeypatch.setattr(examined, "SLOW_BF16", share)
+        monkeypatch.setattr(matmul_speed, "SLOW_BF16", share)
         found = of(devices(), "precision")
         assert found.level == level and ("precision=fp32" in found.advice) == (level == "warn")
         assert found.measured["fp32_flop_per_s"] > 1e8 and found.measured["bf16_flop_per_s"] > 1e6
@@ -212,15 +212,15 @@ def test_ray_and_shared_storage_are_checked_on_every_node(
 ) -> None:
     import ray
 
-    found = examined.cluster("auto", tmp_path / "outputs")
+    found = doctor_cluster.cluster("auto", tmp_path / "outputs")
     assert [finding.level for finding in found] == ["ok", "ok"], found
     assert "1 node, " in found[0].value and found[1].value == "reads and writes"
     assert list(tmp_path.iterdir()) == [], "nothing may stay behind"
 
     # A node that does not share the folder cannot be had on one machine; a task that looks elsewhere is the same.
-    monkeypatch.setattr(examined, "_write_and_read", lambda probe, node: "No such file or directory")
-    (elsewhere,) = examined.shared_storage(ray.nodes(), tmp_path / "outputs")
+    monkeypatch.setattr(doctor_cluster, "_write_and_read", lambda probe, node: "No such file or directory")
+    (elsewhere,) = doctor_cluster.shared_storage(ray.nodes(), tmp_path / "outputs")
     assert elsewhere.level == "fail" and "does not see" in elsewhere.value and elsewhere.advice
-    monkeypatch.setattr(examined, "_write_and_read", lambda probe, node: Path(probe).name)
-    (silent,) = examined.shared_storage(ray.nodes(), tmp_path / "outputs")
+    monkeypatch.setattr(doctor_cluster, "_write_and_read", lambda probe, node: Path(probe).name)
+    (silent,) = doctor_cluster.shared_storage(ray.nodes(), tmp_path / "outputs")
     assert silent.level == "fail" and "does not reach this machine" in silent.value

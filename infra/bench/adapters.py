@@ -35,28 +35,19 @@ from _methods import METHODS, Method
 from _pretrained import ROWS
 from transformers.utils import logging as transformers_logging
 
+from farspan.jobs.matmul_speed import matmul_flop_per_s, slow_in_bf16
 from farspan.memory.allocations import footprint
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, TOY_STEPS = 80, 2
-SLOW_BF16 = 0.25
-"""Of fp32's matrix products a second; a CPU that does fewer in bf16 trains in fp32."""
 SEEDS = (0, 1, 2)
 
 
 def machine() -> dict[str, Any]:
     """What this CPU multiplies in a second, and the dtype that weights and activations are trained in."""
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(3):
-            began_s = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began_s)
-        rates[dtype] = 2 * 512**3 / min(times)
-    slow = rates[torch.bfloat16] < SLOW_BF16 * rates[torch.float32]
-    gflops = {f"{str(dtype).removeprefix('torch.')}_gflop_per_s": rate / 1e9 for dtype, rate in rates.items()}
-    return {"trained_in": "float32" if slow else "bfloat16", **gflops}
+    rates = matmul_flop_per_s(512)
+    gflops = {f"{name}_gflop_per_s": rate / 1e9 for name, rate in rates.items()}
+    return {"trained_in": "float32" if slow_in_bf16(rates) else "bfloat16", **gflops}
 
 
 def trained_cell(method: Method, seed: int, lr: float, steps: int, toy: bool, dtype: torch.dtype) -> dict[str, Any]:
