@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from farspan.errors import DoesNotFit, JobError
 from farspan.jobs.calibrate import device_name, known_calibration, measure_here, measured_calibration, not_measured
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from farspan.jobs.measured import Comparison
 
 PLACES = ("keep", *TIERS, "recompute")
+ErrorField: TypeAlias = Literal["gradient_error", "tier_error", "exchange_error"]
 """Where a row can be: with autograd, on a tier of the plan, or nowhere."""
 
 
@@ -161,56 +162,17 @@ def kept_line(planned: Planned) -> str | None:
     return line
 
 
-def gradient_errors(planned: Planned) -> dict[str, dict[str, float | None]]:
-    """By kind of layer, how far activations in codes turn its gradients, where it was measured."""
-    return {
-        kind.name: kind.gradient_error.model_dump(mode="json")
-        for kind in planned.problem.kinds
-        if kind.gradient_error is not None
-    }
+def errors_by_kind(planned: Planned, what: ErrorField) -> dict[str, dict[str, float | None]]:
+    """By kind of layer, how far codes turn its gradients, where it was measured."""
+    found = {kind.name: getattr(kind, what) for kind in planned.problem.kinds}
+    return {name: error.model_dump(mode="json") for name, error in found.items() if error is not None}
 
 
 def error_line(planned: Planned) -> str | None:
     """What activations in codes cost in accuracy of gradients."""
-    kept_as = planned.activations
-    if kept_as in ("autograd", "fused"):
+    if planned.activations in ("autograd", "fused"):
         return None
-    found = [kind.gradient_error for kind in planned.problem.kinds if kind.gradient_error is not None]
-    if not found:
-        return f"activations in {kept_as}: gradients are off by what was not measured here (farspan plan JOB --measure)"
-    weights, inputs = max(e.weights or 0.0 for e in found), max(e.input for e in found)
-    return (
-        f"activations in {kept_as}: gradients of a layer's trained weights are off by {weights:.1%}, of its input by "
-        f"{inputs:.1%}; measured on random weights, every run measures its own at start"
-    )
-
-
-def exchange_line(planned: Planned) -> str | None:
-    """What codes between ranks cost in accuracy of gradients."""
-    if planned.exchange_bits is None:
-        return None
-    what = f"attention's exchange in {planned.exchange_bits:g} bits"
-    found = [kind.exchange_error for kind in planned.problem.kinds if kind.exchange_error is not None]
-    if not found:
-        return f"{what}: gradients are off by what was not measured here (farspan plan JOB --measure)"
-    weights, inputs = max(e.weights or 0.0 for e in found), max(e.input for e in found)
-    return (
-        f"{what}, before they are learned: gradients of a layer's trained weights are off by {weights:.1%}, of its "
-        f"input by {inputs:.1%}; measured on random weights, every run measures its own at start"
-    )
-
-
-def error_lines(planned: Planned) -> list[str]:
-    """What codes cost in accuracy of gradients, a line for each place that has them."""
-    return [
-        line for line in (error_line(planned), tier_error_line(planned), exchange_line(planned)) if line is not None
-    ]
-
-
-def tier_errors(planned: Planned) -> dict[str, dict[str, float | None]]:
-    """By kind of layer, how far rows on host and disk in codes turn its gradients, where it was measured."""
-    kinds = [kind for kind in planned.problem.kinds if kind.tier_error is not None]
-    return {kind.name: kind.tier_error.model_dump(mode="json") for kind in kinds if kind.tier_error is not None}
+    return _error_line(planned, "gradient_error", f"activations in {planned.activations}", "a layer's trained weights")
 
 
 def tier_error_line(planned: Planned) -> str | None:
@@ -218,19 +180,35 @@ def tier_error_line(planned: Planned) -> str | None:
     codec = planned.problem.tier_codec
     if codec == "exact":
         return None
+    what = f"rows on host and disk in {codec}"
     if not any(layer.leaves for layer in planned.placement.layers):
-        return f"rows on host and disk in {codec}: this plan has none there, its gradients are exact"
-    found = [kind.tier_error for kind in planned.problem.kinds if kind.tier_error is not None]
+        return f"{what}: this plan has none there, its gradients are exact"
+    whose = "the trained weights of a layer that has all its rows there"
+    return _error_line(planned, "tier_error", what, whose)
+
+
+def exchange_line(planned: Planned) -> str | None:
+    """What codes between ranks cost in accuracy of gradients."""
+    if planned.exchange_bits is None:
+        return None
+    what = f"attention's exchange in {planned.exchange_bits:g} bits"
+    return _error_line(planned, "exchange_error", what, "a layer's trained weights")
+
+
+def error_lines(planned: Planned) -> list[str]:
+    """What codes cost in accuracy of gradients, a line for each place that has them."""
+    lines = error_line(planned), tier_error_line(planned), exchange_line(planned)
+    return [line for line in lines if line is not None]
+
+
+def _error_line(planned: Planned, field: ErrorField, what: str, whose: str) -> str:
+    found = errors_by_kind(planned, field).values()
     if not found:
-        return (
-            f"rows on host and disk in {codec}: gradients are off by what was not measured here "
-            "(farspan plan JOB --measure)"
-        )
-    weights, inputs = max(e.weights or 0.0 for e in found), max(e.input for e in found)
+        return f"{what}: gradients are off by what was not measured here (farspan plan JOB --measure)"
+    weights, inputs = (max(error[part] or 0.0 for error in found) for part in ("weights", "input"))
     return (
-        f"rows on host and disk in {codec}: gradients of the trained weights of a layer that has all its rows there "
-        f"are off by {weights:.1%}, of its input by {inputs:.1%}; measured on random weights, every run measures its "
-        "own rows at start"
+        f"{what}: gradients of {whose} are off by {weights:.1%}, of its input by {inputs:.1%}; measured on random "
+        "weights, every run measures its own at start"
     )
 
 
@@ -312,14 +290,10 @@ def to_json(planned: Planned, *, longest_tokens: int | None = None) -> dict[str,
         "next_best": None,
         "tiled_s": planned.tiled_s,
         "kept_tensors": kept_tensors(planned),
-        "gradient_errors": gradient_errors(planned),
-        "exchange_errors": {
-            kind.name: kind.exchange_error.model_dump(mode="json")
-            for kind in planned.problem.kinds
-            if kind.exchange_error is not None
-        },
         "tier_codec": planned.problem.tier_codec,
-        "tier_errors": tier_errors(planned),
+        "gradient_errors": errors_by_kind(planned, "gradient_error"),
+        "tier_errors": errors_by_kind(planned, "tier_error"),
+        "exchange_errors": errors_by_kind(planned, "exchange_error"),
         "assumed": [f"{name}: {s.what}" for name, s in planned.sources.items() if s.how == "assumed"],
     }
     if planned.next_best is not None:

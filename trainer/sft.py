@@ -105,18 +105,17 @@ class Trainer:
         self.restored: Path | None = None
         self._restore()
         start.set_range(module, self.engine.module, self.position)
-        self.writer = (
-            MetricsWriter(
-                self.folder,
-                spec.track,
-                run_name=self.folder.root.name,
-                config=spec.model_dump(mode="json"),
-                restored_step=self.position["step"] or None,
-            )
-            if self.grid.rank == 0
-            else None
-        )
+        self.writer = self._writer() if self.grid.rank == 0 else None
         self.record: dict[str, Any] = {}
+
+    def _writer(self) -> MetricsWriter:
+        return MetricsWriter(
+            self.folder,
+            self.spec.track,
+            run_name=self.folder.root.name,
+            config=self.spec.model_dump(mode="json"),
+            restored_step=self.position["step"] or None,
+        )
 
     def run(self) -> TrainResult:
         """The job, from where it stands to its last step."""
