@@ -253,20 +253,18 @@ def run_training(task: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main(arguments: list[str]) -> int:
-    task = json.loads(arguments[0])
+def cell(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     if task.get("ranks", 1) > 1:
         dist.init_process_group(
             "gloo", rank=int(os.environ["RANK"]), world_size=task["ranks"], init_method=f"file://{task['meet']}"
         )
-    found = run_calibration(task) if task["what"] == "calibrate" else run_training(task)
-    print(json.dumps(found))
-    sys.stdout.flush()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
+    try:
+        return run_calibration(task) if task["what"] == "calibrate" else run_training(task)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(json.dumps(cell(json.loads(sys.argv[1]))))

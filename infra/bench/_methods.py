@@ -30,6 +30,7 @@ from farspan.trainer.config import (
 LORA = LoRA(rank=8, alpha=16.0)
 LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 FULL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
+FULL_RATES_OF_MATRICES = (4e-4, 8e-4, 1.6e-3, 3.2e-3)
 PACA_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 PEQA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
@@ -64,10 +65,10 @@ METHODS = {
     "full, AdamW in backward": full(Optim(in_backward=True)),
     "full, adamw8bit": full(AdamW8bit()),
     "full, coat": full(COAT()),
-    "full, dct_adamw of 32": full(DCTAdamW(rank=32, every=20)),
-    "full, galore of 32": full(GaLore(rank=32, every=20, scale=1.0)),
+    "full, dct_adamw of 32": full(DCTAdamW(rank=32, every=20), FULL_RATES_OF_MATRICES),
+    "full, galore of 32": full(GaLore(rank=32, every=20, scale=1.0), FULL_RATES_OF_MATRICES),
     "full, lamb": full(LAMB(), (1e-3, 2e-3, 4e-3, 8e-3)),
-    "full, muon": full(Muon()),
+    "full, muon": full(Muon(), FULL_RATES_OF_MATRICES),
     "LoRA, peft's default": Method(LORA, how="peft"),
     "LoRA": Method(LORA),
     "LoRA, dropout 0.05": Method(LORA.model_copy(update={"dropout": 0.05})),
@@ -96,7 +97,7 @@ METHODS = {
     "PV-Tuning, 4 bits": Method(PV(bits=4), rates=PEQA_RATES),
     "L4Q, 4 bits": Method(L4Q(rank=8, bits=4)),
     # the same with others
-    "full, dct_adamw of 32, 4 bits left out": full(DCTAdamW(rank=32, every=1, feedback="4bit")),
+    "full, dct_adamw of 32, 4 bits left out": full(DCTAdamW(rank=32, every=1, feedback="4bit"), FULL_RATES_OF_MATRICES),
     "reversible 1, 2 bits, width 16, LoRA": Method(Reversible(wiring=1, bits=2, width=16, inside=LORA)),
     "reversible 1, 3 bits, PaCA": Method(Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=PACA_RATES),
     "full, activations in 4 bits": Method(FullFineTune(), rates=FULL_RATES, activations="int4"),

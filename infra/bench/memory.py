@@ -1,7 +1,7 @@
 """Memory policies on one machine: predicted and measured peaks, step times, bytes moved, and torch's own tools beside.
 
-Every cell is a fresh process with one thread (`_memory_cells`). First the layers of each configuration are measured at
-2,048 rows at most; everything predicted follows from that and from shapes. Then
+Every cell is a process of its own with one thread (`_memory_cells`). First the layers of each configuration are
+measured at 2,048 rows at most; everything predicted follows from that and from shapes. Then
 
 - peaks: each policy's highest point of a step, from the allocator's events, against the plan made beforehand;
 - times: policies, torch's non-reentrant checkpointing, its selective checkpointing that keeps attention, and
@@ -23,12 +23,12 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from _cell_process import CellFailed, start
 from _memory_report import PEERS, TIMED, plot, report
 
 from farspan.errors import DoesNotFit
@@ -77,7 +77,7 @@ class Bench:
     """Cells done so far, and how to do one more."""
 
     def __init__(self, out: Path, *, toy: bool) -> None:
-        self.out = out
+        self.out, self.toy = out, toy
         self.policies: tuple[FixedPolicy, ...] = TOY["policies"] if toy else FIXED_POLICIES
         self.peers: tuple[str, ...] = TOY["peers"] if toy else PEERS
         self.done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "cells": {}}
@@ -90,7 +90,7 @@ class Bench:
         cells = self.done["cells"]
         digest = hashlib.sha256(json.dumps([task.get("placement"), task.get("tiers")]).encode()).hexdigest()[:12]
         if cells.get(key, {}).get("placement") != digest:
-            found = _run(task, ranks)
+            found = _run(task, ranks, toy=self.toy)
             cells[key] = {**found[0], "placement": digest}
             if ranks > 1:
                 cells[key]["ranks"] = [cell.get("peak_bytes") for cell in found]
@@ -157,24 +157,15 @@ class Bench:
         return self.cell(key, task, ranks=CONFIGS[name]["sp"])
 
 
-def _run(task: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+def _run(task: dict[str, Any], ranks: int, *, toy: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         task = {**task, "ranks": ranks, "meet": f"{folder}/meet"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(HERE / "_memory_cells.py"), json.dumps(task)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "HF_HUB_OFFLINE": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        ended = [process.communicate() for process in processes]
-        for process, (_, error) in zip(processes, ended):
-            if process.returncode != 0:
-                raise RuntimeError(f"{task['what']} {task.get('system')}:\n{error[-4000:]}")
-        return [json.loads(output.strip().splitlines()[-1]) for output, _ in ended]
+        environments = [{"OMP_NUM_THREADS": "1", "RANK": str(rank), "HF_HUB_OFFLINE": "1"} for rank in range(ranks)]
+        processes = [start(HERE / "_memory_cells.py", task, each, forked=toy) for each in environments]
+        try:
+            return [process.result() for process in processes]
+        except CellFailed as error:
+            raise RuntimeError(f"{task['what']} {task.get('system')}:\n{str(error)[-4000:]}") from None
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

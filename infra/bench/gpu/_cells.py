@@ -231,20 +231,19 @@ WHAT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main(arguments: list[str]) -> int:
+def cell(task: dict[str, Any]) -> dict[str, Any]:
     from farspan.kernels import attention as kernels
 
-    task = json.loads(arguments[0])
     kernels.use(*task.get("kernels", ()))
+    if task["toy"]:
+        torch.set_num_threads(1)
     try:
-        found = WHAT[task["what"]](task)
+        return WHAT[task["what"]](task)
     except Unavailable as error:
-        found = {"failed": f"not run: {error}"}
+        return {"failed": f"not run: {error}"}
     except torch.cuda.OutOfMemoryError:
-        found = {"failed": "out of device memory"}
-    print(json.dumps(found))
-    return 0
+        return {"failed": "out of device memory"}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(json.dumps(cell(json.loads(sys.argv[1]))))

@@ -1,6 +1,6 @@
 """What the GPU benchmarks share: cells in processes of their own, results kept, a limit on time, one table.
 
-Every cell is a fresh process, so that peaks are its own and what runs out of memory takes nothing else along. A cell's
+Every cell is a process of its own, so that peaks are its own and what runs out of memory takes nothing along. A cell's
 result is written as soon as it is there; a script that is stopped, or that has used up its minutes, goes on with what
 is left when it is started again. A cell that cannot run says why, in the table too.
 """
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _cell_process import CellFailed, start
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+ON_GPU = torch.cuda.is_available()
 GRACE_S = 30.0
 """A cell may end so much after the time is up."""
 MINUTES = 8.5
@@ -93,20 +97,15 @@ class Bench:
 
 
 def _run(task: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if task.get("addresses") != "planned":
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if task["toy"]:
-        environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, str(HERE / "_cells.py"), json.dumps(task)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
+        return start(HERE / "_cells.py", task, environment, forked=task["toy"] and not ON_GPU).result(limit_s)
+    except TimeoutError:
         return {"failed": _too_long(limit_s)}
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-    last = [line.strip() for line in done.stderr.strip().splitlines() if line.strip()][-1:]
-    return {"failed": last[0][:300] if last else f"ended with code {done.returncode}"}
+    except CellFailed as error:
+        return {"failed": str(error).splitlines()[-1].strip()[:300]}
 
 
 def _too_long(limit_s: float) -> str:
