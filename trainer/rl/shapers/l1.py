@@ -1,0 +1,43 @@
+"""L1: lengths as asked for in the prompt (LCPO, arXiv 2503.04697)."""
+
+from __future__ import annotations
+
+from farspan.trainer.rl.samples import PromptGroup, ScoredSample
+from farspan.trainer.rl.shapers.base import Shaper
+
+
+def _asked(sample: ScoredSample, shaper: str) -> int:
+    if sample.target_tokens is None:
+        raise ValueError(f"{shaper} needs the length each prompt asks for, and a sample has target_tokens=None")
+    return sample.target_tokens
+
+
+class L1Exact(Shaper):
+    """score - alpha |n - L|, where the prompt says "Think for n tokens."
+
+    A correct sample that misses by 1 / alpha tokens is worth as little as a wrong one on the spot.
+    """
+
+    def __init__(self, alpha: float = 3e-4) -> None:
+        self.alpha = alpha
+
+    def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
+        return sample.score - self.alpha * abs(_asked(sample, "L1Exact") - sample.tokens)
+
+
+class L1Max(Shaper):
+    """score * clip(alpha (n - L) + offset, 0, 1), where the prompt says "Think for maximum n tokens."
+
+    Args:
+        slope_scale: 0.5 is the slope of the authors' code, which is half of the paper's.
+        offset: of a sample of exactly n tokens.
+
+    A wrong sample (score 0) has 0, which a correct one far too long has as well.
+    """
+
+    def __init__(self, alpha: float = 3e-4, offset: float = 0.5, slope_scale: float = 1.0) -> None:
+        self.alpha, self.offset, self.slope_scale = alpha, offset, slope_scale
+
+    def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
+        ahead = _asked(sample, "L1Max") - sample.tokens
+        return sample.score * min(1.0, max(0.0, self.slope_scale * self.alpha * ahead + self.offset))
