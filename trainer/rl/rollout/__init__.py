@@ -1,0 +1,1 @@
+"""Engines that generate: padded `generate`, continuous batching, vLLM over HTTP, behind one protocol."""
