@@ -36,6 +36,8 @@ from farspan.trainer.world import World
 LAST_PHASE_BYTES = 256
 START_PLANNED_S = 60.0
 """Importing torch, transformers and DeepSpeed on a busy machine."""
+WAITING_S = 7 * 24 * 3600.0
+"""A rank that is called from outside waits as long as it takes."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class TrainerActor:
     def __init__(self, rank: int, log: str, run: str) -> None:
         redirect_output(Path(log))
         self._training_thread = 0
+        self._kept: Any = None
         self._reporter = Reporter(last_phase_path(Path(log)), RankMetrics(run=run, rank=rank))
 
     @ray.method(concurrency_group="control")
@@ -172,12 +175,36 @@ class TrainerActor:
     @ray.method(concurrency_group="train")
     def train(self, spec: TrainSpec, world: World, entry: str, visible_gpus: tuple[str, ...]) -> Any:
         """Run the entry point to its end; its result, or `Raised`."""
+        _see(visible_gpus)
+        result = self._watched(lambda: load_entry(entry)(spec, world, self._reporter))
+        if not isinstance(result, Raised):
+            self._reporter.phase("finished")
+        return result
+
+    @ray.method(concurrency_group="train")
+    def open(self, spec: Any, world: World, entry: str, visible_gpus: tuple[str, ...]) -> Raised | None:
+        """Make what the entry point makes, and keep it for `call`."""
+        _see(visible_gpus)
+        made = self._watched(lambda: load_entry(entry)(spec, world, self._reporter))
+        if isinstance(made, Raised):
+            return made
+        self._kept = made
+        self._reporter.phase("waiting for the driver", planned_s=WAITING_S)
+        return None
+
+    @ray.method(concurrency_group="train")
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of what is kept; its result, or `Raised`."""
+        result = self._watched(lambda: getattr(self._kept, method)(*arguments))
+        if not isinstance(result, Raised):
+            self._reporter.phase("waiting for the driver", planned_s=WAITING_S)
+        return result
+
+    def _watched(self, run: Callable[[], Any]) -> Any:
+        """On this thread; what it raises is told and returned."""
         self._training_thread = threading.get_ident()
-        if visible_gpus:
-            # All GPUs of the gang's ranks on this node, so that NCCL can copy between them directly.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
         try:
-            result = load_entry(entry)(spec, world, self._reporter)
+            return run()
         except Exception as error:
             with suppress(OSError):  # the log may lie on the disk whose being full is the error
                 traceback.print_exc()
@@ -186,8 +213,6 @@ class TrainerActor:
             summary = " ".join(f"{type(error).__name__}: {error}".split())
             own = error if isinstance(error, FarspanError) else None
             return Raised(status.phase, status.step, summary, own)
-        self._reporter.phase("finished")
-        return result
 
     @ray.method(concurrency_group="control")
     def status(self, records_from: int) -> Status:
@@ -200,6 +225,12 @@ class TrainerActor:
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (not training)\n"
         sys.stderr.write(f"the training thread stands at\n{stack}")
         sys.stderr.flush()
+
+
+def _see(visible_gpus: tuple[str, ...]) -> None:
+    """All GPUs of the gang's ranks on this node, so that NCCL can copy between them directly."""
+    if visible_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
 
 
 def load_entry(entry: str) -> Callable[[TrainSpec, World, Any], Any]:

@@ -34,4 +34,10 @@ class GangSpec(Schema):
     world_size: int = Field(ge=1)
     cluster: Cluster
     use_gpu: bool
+    rollout_workers: int = Field(default=0, ge=0)
+    """Actors beside the ranks, with the same resources each."""
     train: TrainSpec
+
+    @property
+    def actors(self) -> int:
+        return self.world_size + self.rollout_workers

@@ -73,7 +73,7 @@ class Gang:
     @classmethod
     def create(cls, spec: GangSpec, group: Any) -> Gang:
         """Create one actor per bundle of the ready placement group; returns before they are up."""
-        places = bundles_by_node(group)
+        places = bundles_by_node(group)[: spec.world_size]
         one_node = len({node for _, node in places}) == 1
         kind = ray.remote(concurrency_groups={"train": 1, "control": 2})(TrainerActor)
         folder = RunFolder(Path(spec.train.run_dir))
@@ -93,7 +93,27 @@ class Gang:
         return cls(spec, members)
 
     def start(self, entry: str = DEFAULT_ENTRY, check: Callable[[], None] = lambda: None) -> None:
-        """Wait until every actor is up (at most `cluster.wait_s`), then start training on all of them.
+        """Wait until every actor is up, then start training on all of them; arguments and errors as for `meet`."""
+        self.meet(check)
+        for member, (world, gpus) in zip(self.members, self._worlds()):
+            member.training = member.handle.train.remote(self.spec.train, world, entry, gpus)
+
+    def open(self, entry: str, spec: Any, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until every actor is up, then have each make `entry(spec, world, progress)` and keep it for `call`."""
+        self.meet(check)
+        for member, (world, gpus) in zip(self.members, self._worlds()):
+            member.training = member.handle.open.remote(spec, world, entry, gpus)
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Have every rank call a method of what it keeps. The last call must have ended; `poll` until none is running,
+        then each member's `result` is what it returned."""
+        assert not self.running
+        for member in self.members:
+            member.finished, member.result = False, None
+            member.training = member.handle.call.remote(method, *arguments)
+
+    def meet(self, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until every actor is up, at most `cluster.wait_s`.
 
         Args:
             check: called about every half second of waiting; may raise to end it.
@@ -119,8 +139,6 @@ class Gang:
             failures.append(self._failure(asked[reference], Kind.SILENT, detail))
         if failures:
             raise StartFailed(failures)
-        for member, (world, gpus) in zip(self.members, self._worlds()):
-            member.training = member.handle.train.remote(self.spec.train, world, entry, gpus)
 
     def poll(self, interval_s: float) -> list[RankFailure]:
         """One round of heartbeats, about `interval_s` long, shorter when a rank ends; returns what went wrong."""

@@ -35,7 +35,7 @@ class Demand:
         bundle = {"CPU": gang.cluster.cpus_per_actor}
         if gang.use_gpu:
             bundle["GPU"] = 1.0
-        return cls(ranks=gang.world_size, bundle=bundle, strategy=gang.cluster.placement)
+        return cls(ranks=gang.actors, bundle=bundle, strategy=gang.cluster.placement)
 
     def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
         """How many bundles the nodes could hold if they were idle, under this placement strategy."""
@@ -119,10 +119,15 @@ def _no_room(gang: GangSpec, demand: Demand, what: str) -> ClusterNotReady:
 
     return ClusterNotReady(
         what,
-        at=f"gang {gang.name}: {gang.world_size} ranks, cluster.cpus_per_actor = {gang.cluster.cpus_per_actor:g}",
+        at=f"gang {gang.name}: {_actors(gang)}, cluster.cpus_per_actor = {gang.cluster.cpus_per_actor:g}",
         why=demand.against(_node_resources(), ray.available_resources()),
         try_="fewer ranks (parallel.sp, parallel.dp), smaller cluster.cpus_per_actor, or --address of a larger cluster",
     )
+
+
+def _actors(gang: GangSpec) -> str:
+    workers = f" and {gang.rollout_workers} rollout workers" if gang.rollout_workers else ""
+    return f"{gang.world_size} ranks{workers}"
 
 
 def _node_resources() -> list[dict[str, float]]:

@@ -172,15 +172,24 @@ class Supervisor:
         try:
             self._enter(State.STARTING, f"starting {spec.world_size} ranks; logs in {self._link_logs(attempt)}")
             gang = Gang.create(spec, group)
-            gang.start(self.entry, check=self.signals.check)
+            self._start(gang, group)
             self._enter(State.RUNNING, f"training on {spec.world_size} ranks", pids=gang.pids)
             return self._watch(gang)
         except StartFailed as failed:
             return self._report(failed.failures)
         finally:
+            self._end()
             if gang is not None:
                 gang.kill()
             remove_group(group)
+
+    def _start(self, gang: Gang, group: Any) -> None:
+        """Have the ranks begin; `group` is the placement group of this attempt."""
+        del group
+        gang.start(self.entry, check=self.signals.check)
+
+    def _end(self) -> None:
+        """Release what an attempt holds besides its gang."""
 
     def _waiting(self, text: str) -> None:
         self.journal.event("waiting", text)

@@ -56,11 +56,18 @@ def run(job: Job, overrides: Set = (), address: Address = None, resume: bool = F
     """
     from rich.console import Console
 
+    from farspan.jobs.config import SFTJob
     from farspan.jobs.load import load
-    from farspan.jobs.run import run as train
 
     loaded = load(job, overrides)
-    train(loaded.job, address=address, resume=resume, clean=clean, loaded=loaded, console=Console())
+    if isinstance(loaded.job, SFTJob):
+        from farspan.jobs.run import run as train
+
+        train(loaded.job, address=address, resume=resume, clean=clean, loaded=loaded, console=Console())
+    else:
+        from farspan.jobs.rl import run_rl
+
+        run_rl(loaded.job, address=address, resume=resume, clean=clean, loaded=loaded, console=Console())
     return 0
 
 
@@ -128,10 +135,11 @@ def submit(
     from farspan.jobs.load import load
 
     loaded = load(job, overrides)
+    supervised = loaded.supervised("submit")
     if print_ is not None:
         from farspan.jobs.rayjob import rayjob_manifest
 
-        sys.stdout.write(rayjob_manifest(loaded.job))
+        sys.stdout.write(rayjob_manifest(supervised))
         return 0
     if address is None:
         raise JobError(
@@ -143,7 +151,7 @@ def submit(
     from farspan.jobs.submit import follow
     from farspan.jobs.submit import submit as send
 
-    submission = send(loaded.job, address, job_path=loaded.path, overrides=loaded.overrides, resume=resume, clean=clean)
+    submission = send(supervised, address, job_path=loaded.path, overrides=loaded.overrides, resume=resume, clean=clean)
     print(submission)
     return 0 if no_wait else follow(address, submission)
 
@@ -161,7 +169,7 @@ def data(job: Job, overrides: Set = (), json: bool = False, samples: int = 1) ->
     from farspan.jobs.load import load
     from farspan.trainer.data.prepare import prepare
 
-    loaded = load(job, overrides).job
+    loaded = load(job, overrides).supervised("data")
     told = Console(stderr=True)
     store = prepare(
         loaded.data,

@@ -10,7 +10,7 @@ from pydantic import Field
 from farspan.cluster.config import Cluster
 from farspan.memory.config import MemoryBudget
 from farspan.memory.plan import Policy
-from farspan.schema import Schema
+from farspan.schema import Count, Schema
 from farspan.trainer.config import (
     Adapter,
     Base,
@@ -24,19 +24,23 @@ from farspan.trainer.config import (
     Optimizer,
     Parallel,
     Precision,
+    TextData,
     Track,
     UniPT,
     Unquantized,
 )
+from farspan.trainer.rl.config import PolicyLoss, Reward, RLEvaluate, Rollout, TaskSource
 
 if TYPE_CHECKING:
     from farspan.jobs.run import RunResult
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class SFTJob(Schema):
     """Supervised fine-tuning (or pre-training) on long sequences."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: RunName
     """Name of the run and of its folder."""
     model: ModelSource
     data: DataSource
@@ -83,3 +87,81 @@ class SFTJob(Schema):
         from farspan.jobs.submit import submit
 
         return submit(self, address)
+
+
+class WarmStart(Schema):
+    """Supervised fine-tuning on demonstrations of the task, before RL."""
+
+    examples: Count = Field(default=20000, ge=1)
+    """Demonstrations that are made."""
+    context: Count = Field(default=4096, ge=16)
+    """Rows of one pack of them."""
+    optim: Optimizer = Optim(lr=1e-4, steps=300)
+    parallel: Parallel = Parallel()
+
+
+class RLJob(Schema):
+    """Reinforcement learning on a task whose answers can be verified."""
+
+    name: RunName
+    """Name of the run and of its folder."""
+    model: ModelSource
+    task: TaskSource
+    warm_start: WarmStart | None = None
+    """What the model learns before RL. A model made on the spot needs one. Done once, and kept for later runs that have
+    the same."""
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    loss: PolicyLoss = PolicyLoss()
+    context: Count = Field(default=2048, ge=16)
+    """Rows of one pack in training: the longest prompt with its response."""
+    adapter: Adapter = FullFineTune()
+    base: Base = Unquantized()
+    precision: Precision = "bf16"
+    parallel: Parallel = Parallel(sp=1, dp=1)
+    memory: MemoryBudget = MemoryBudget()
+    optim: Optimizer = Optim(lr=1e-6, steps=100, schedule="constant")
+    """`steps` are those of the loop; `tokens_per_step` is not used."""
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: RLEvaluate = RLEvaluate()
+    track: Track = Track()
+    cluster: Cluster = Cluster()
+    output_dir: str = "outputs"
+    """Run folders are made in here; storage every node reaches."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir).expanduser().absolute() / self.name
+
+    def trainer(self, model: ModelSource | None = None) -> SFTJob:
+        """The trainer of this job as a job of supervised training, by which it is planned and resolved.
+
+        Args:
+            model: what RL begins with, where that is not the job's own.
+        """
+        return SFTJob(
+            name=self.name,
+            model=model or self.model,
+            data=TextData("rollouts", context=self.context),
+            adapter=self.adapter,
+            base=self.base,
+            precision=self.precision,
+            parallel=self.parallel,
+            memory=self.memory,
+            optim=self.optim.model_copy(update={"tokens_per_step": "auto"}),
+            checkpoint=self.checkpoint,
+            evaluate=Evaluate(share=0.0),
+            track=self.track,
+            cluster=self.cluster,
+            output_dir=self.output_dir,
+        )
+
+    def run(self, *, address: str | None = None, resume: bool = False, clean: bool = False) -> RunResult:
+        """Train here on a local Ray, or on the cluster at `address`; as `SFTJob.run`."""
+        from farspan.jobs.rl import run_rl
+
+        return run_rl(self, address=address, resume=resume, clean=clean)
+
+
+JOBS: tuple[type[SFTJob], type[RLJob]] = (SFTJob, RLJob)
+"""Kinds of job."""

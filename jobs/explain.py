@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from farspan.errors import JobError
-from farspan.jobs.config import SFTJob
+from farspan.jobs.config import JOBS
 from farspan.jobs.origins import Path, dotted
 from farspan.jobs.variants import closest, likeness, section, variants
 from farspan.schema import Schema
@@ -64,7 +64,7 @@ def explain(problem: ValidationError, where: Callable[[Path], str]) -> JobError 
     Returns:
         None when the class that failed is none of ours.
     """
-    roots = {kind.__name__: kind for kind in _parts(SFTJob)}
+    roots = {kind.__name__: kind for job in JOBS for kind in _parts(job)}
     if problem.title not in roots:
         return None
     complaints = _complaints(roots[problem.title], problem)
@@ -167,7 +167,7 @@ def unknown_key(path: Path, owner: type[Schema]) -> tuple[str, str, str]:
     names = [known for known in owner.model_fields if known != "type"]
     why = f"{owner.__name__} has no `{name}`; it has {', '.join(names)}"
     near = closest(name, names)
-    elsewhere = next((dotted(place) for place in _elsewhere(SFTJob, name)), None)
+    elsewhere = next((dotted(place) for job in JOBS for place in _elsewhere(job, name)), None)
     if elsewhere is not None and (near is None or likeness(name, [near]) < 0.8):
         cure = f"`{elsewhere}`"
     else:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from farspan.errors import JobError
 from farspan.jobs import override
-from farspan.jobs.config import SFTJob
+from farspan.jobs.config import JOBS, RLJob, SFTJob
 from farspan.jobs.explain import explain
 from farspan.jobs.origins import Origin, Path, nearest, origins_of, tree_of
 from farspan.jobs.python_file import PythonFile
@@ -30,7 +30,7 @@ YAML_SUFFIXES = (".yaml", ".yml")
 class Loaded:
     """A job and where each of its values was read."""
 
-    job: SFTJob
+    job: SFTJob | RLJob
     path: FilePath
     """The job file."""
     name: str | None
@@ -38,6 +38,26 @@ class Loaded:
     origins: Mapping[str, Origin]
     """By dotted path, one entry for every value of the job."""
     overrides: tuple[str, ...] = ()
+
+    @property
+    def trainer(self) -> SFTJob:
+        """What is planned: the job, or the trainer of an RL job."""
+        return self.job if isinstance(self.job, SFTJob) else self.job.trainer()
+
+    def supervised(self, verb: str) -> SFTJob:
+        """The job, for what is done with jobs of supervised training alone.
+
+        Raises:
+            JobError: it is another one.
+        """
+        if isinstance(self.job, SFTJob):
+            return self.job
+        raise JobError(
+            f"`farspan {verb}` knows jobs of supervised training only",
+            at=str(self.path),
+            why=f"{self.job.name} is an {type(self.job).__name__}",
+            try_="farspan run, or farspan plan",
+        )
 
 
 def load(ref: str, overrides: Sequence[str] = ()) -> Loaded:
@@ -61,9 +81,10 @@ def load(ref: str, overrides: Sequence[str] = ()) -> Loaded:
         )
     if path.endswith(YAML_SUFFIXES):
         tree, lines = _read_yaml(path)
+        kind = _kind_of(tree)
     else:
-        tree, lines, name = _read_python(path, name)
-    return _finish(tree, lines, overrides, FilePath(path), name)
+        tree, lines, name, kind = _read_python(path, name)
+    return _finish(tree, lines, overrides, FilePath(path), name, kind)
 
 
 def _split(ref: str) -> tuple[str, str | None]:
@@ -110,9 +131,14 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[Path, Origin]]:
     return tree, lines
 
 
-def _read_python(path: str, name: str | None) -> tuple[dict[str, Any], dict[Path, Origin], str]:
+def _kind_of(tree: Mapping[str, Any]) -> type[SFTJob | RLJob]:
+    """A job with a task, rollouts or rewards is one of RL."""
+    return RLJob if tree.keys() & (RLJob.model_fields.keys() - SFTJob.model_fields.keys()) else SFTJob
+
+
+def _read_python(path: str, name: str | None) -> tuple[dict[str, Any], dict[Path, Origin], str, type[SFTJob | RLJob]]:
     source = PythonFile(path)
-    jobs = {key: value for key, value in source.run().items() if isinstance(value, SFTJob)}
+    jobs = {key: value for key, value in source.run().items() if isinstance(value, JOBS)}
     if name is None:
         distinct = {id(job): key for key, job in reversed(jobs.items())}
         if len(distinct) != 1:
@@ -121,7 +147,7 @@ def _read_python(path: str, name: str | None) -> tuple[dict[str, Any], dict[Path
                 at=path,
                 why=f"at top level it has {', '.join(sorted(distinct.values()))}"
                 if distinct
-                else "no SFTJob is bound to a name at top level",
+                else "no SFTJob or RLJob is bound to a name at top level",
                 try_=f"{path}:{min(distinct.values())}" if distinct else "job = SFTJob(name=..., model=..., data=...)",
             )
         name = next(iter(distinct.values()))
@@ -129,11 +155,11 @@ def _read_python(path: str, name: str | None) -> tuple[dict[str, Any], dict[Path
         raise JobError(
             f"no job named {name} in {path}",
             at=f"{path}:{name}",
-            why=f"its jobs are {', '.join(jobs)}" if jobs else "no SFTJob is bound to a name at top level",
+            why=f"its jobs are {', '.join(jobs)}" if jobs else "no SFTJob or RLJob is bound to a name at top level",
             try_=f"{path}:{closest(name, jobs) or next(iter(jobs))}" if jobs else f"{name} = SFTJob(...)",
         )
     tree = tree_of(jobs[name])
-    return tree, source.lines(name, tree), name
+    return tree, source.lines(name, tree), name, type(jobs[name])
 
 
 def _finish(
@@ -142,17 +168,18 @@ def _finish(
     overrides: Sequence[str],
     path: FilePath,
     name: str | None,
+    kind: type[SFTJob | RLJob],
 ) -> Loaded:
-    tree = complete(SFTJob, tree)
-    override.apply(tree, lines, overrides)
-    tree = complete(SFTJob, tree)
+    tree = complete(kind, tree)
+    override.apply(tree, lines, overrides, kind)
+    tree = complete(kind, tree)
 
     def where(place: Path) -> str:
         origin = nearest(lines, place)
         return (origin.where if origin else None) or str(path)
 
     try:
-        job = SFTJob.model_validate(tree)
+        job = kind.model_validate(tree)
     except ValidationError as problem:
         error = explain(problem, where)
         assert error is not None, problem

@@ -22,20 +22,23 @@ from farspan.jobs.yaml_file import read_yaml, scalar
 from farspan.schema import Schema
 
 
-def apply(tree: dict[str, Any], lines: dict[Path, Origin], overrides: Sequence[str]) -> None:
+def apply(
+    tree: dict[str, Any], lines: dict[Path, Origin], overrides: Sequence[str], kind: type[Schema] = SFTJob
+) -> None:
     """Apply `a.b=c` texts to `tree` in place and note them in `lines`.
 
     Args:
         tree: a job as nested dicts, every `type` filled in.
         lines: origin of what `tree` holds.
         overrides: the arguments of `--set`.
+        kind: of job.
 
     Raises:
         JobError: not of the form `path=value`, unknown path, path through a value, unknown variant.
     """
     changes = [_Change(lines, text) for text in overrides]
     for change in sorted(changes, key=lambda change: (len(change.path), change.path[-1] != "type")):
-        change.apply(tree, SFTJob, 0)
+        change.apply(tree, kind, 0)
 
 
 class _Change:
@@ -95,7 +98,9 @@ class _Change:
             self.apply(below, choices[tag], depth + 1)
 
     def _section(self, node: dict[str, Any], here: tuple[str, ...]) -> dict[str, Any]:
-        below = node.setdefault(here[-1], {})
+        if node.get(here[-1]) is None:
+            node[here[-1]] = {}
+        below = node[here[-1]]
         if not isinstance(below, dict):
             origin = self.lines.get(here)
             raise self._error(

@@ -32,7 +32,7 @@ def plan_beside(loaded: Loaded, *, longest: bool, measure: bool = False) -> tupl
     Args:
         measure: first measure a layer of each kind of the model on this machine.
     """
-    job = loaded.job
+    job = loaded.trainer
     facts, machine = model_facts(job.model), machine_beside(job)
     resolved = resolve(job, facts, machine, loaded.origins, by_prediction(job, facts, machine))
     hardware = hardware_of(job, machine, ranks=resolved.gang.world_size, use_gpu=resolved.gang.use_gpu)

@@ -134,12 +134,15 @@ def line_fields(record: Mapping[str, Any], total_steps: int, *, elapsed_s: float
     """The step line of one record, in order."""
     step = int(record["step"])
     width = len(str(total_steps))
-    grad_norm, loss = number(record["grad_norm"]), number(record["loss"])
+    grad_norm, loss = (number(record[key]) if record[key] is not None else math.nan for key in ("grad_norm", "loss"))
     fields = [
         Field(f"step {step:>{width}}/{total_steps}", 0, "bold"),
         Field(f"{100 * step // max(1, total_steps):>3}%", 5, "dim"),
-        Field(f"loss {loss:.4f}", 0, "cyan" if math.isfinite(loss) else "bold red"),
     ]
+    if "response_tokens_mean" in record:
+        fields += _rollout_fields(record)
+    else:
+        fields.append(Field(f"loss {loss:.4f}", 0, "cyan" if math.isfinite(loss) else "bold red"))
     if record.get("eval_loss") is not None:
         fields.append(Field(f"eval {number(record['eval_loss']):.4f}", 0, "bold cyan"))
     fields += [
@@ -147,14 +150,37 @@ def line_fields(record: Mapping[str, Any], total_steps: int, *, elapsed_s: float
             f"gnorm {grad_norm:.2f}" if grad_norm < 1000 else f"gnorm {grad_norm:.1e}",
             3,
             "" if math.isfinite(grad_norm) else "bold red",
-        ),
-        Field(f"lr {number(record['lr']):.1e}", 6),
+        )
+        if record["grad_norm"] is not None
+        else Field("no update", 3, "yellow"),
+        Field(f"lr {number(record['lr']):.1e}" if record["lr"] is not None else "lr -", 6),
         Field(duration(number(record["step_s"])), 4),
         Field(f"{number(record['tokens_per_s']):.0f} tok/s", 2, "green"),
         Field(_memory_text(record), 7),
         Field(f"elapsed {clock(elapsed_s)}", 8, "dim"),
         Field(f"eta {clock(eta_s)}", 1, "dim"),
     ]
+    return fields
+
+
+def _rollout_fields(record: Mapping[str, Any]) -> list[Field]:
+    """Of a step of RL: what responses were worth, and how long they were."""
+
+    def shown(key: str, digits: int) -> str:
+        return "-" if record.get(key) is None else f"{number(record[key]):.{digits}f}"
+
+    fields = [
+        Field(f"reward {shown('reward_mean', 3)}", 0, "cyan"),
+        Field(
+            f"right {100 * number(record['accuracy']):.1f}%" if record["accuracy"] is not None else "right -", 0, "cyan"
+        ),
+        Field(f"tokens {shown('response_tokens_mean', 1)}", 0, "cyan"),
+    ]
+    if record.get("truncated_share"):
+        fields.append(Field(f"cut {100 * number(record['truncated_share']):.0f}%", 1, "yellow"))
+    if record.get("eval_accuracy") is not None:
+        text = f"held-out {100 * number(record['eval_accuracy']):.1f}% in {shown('eval_response_tokens', 1)} tokens"
+        fields.append(Field(text, 0, "bold cyan"))
     return fields
 
 

@@ -25,7 +25,7 @@ from farspan.jobs.origins import origins_in_python
 from farspan.jobs.resolve import Resolved, batch_chain, mesh_reason, resolve
 from farspan.jobs.submit import anchored
 from farspan.memory.plan import checkpoint_every_layer, keep_everything
-from farspan.trainer.config import UniPT
+from farspan.trainer.config import Rollouts, UniPT
 from farspan.trainer.run_folder import RunFolder, read_metrics, write_json
 
 if TYPE_CHECKING:
@@ -93,21 +93,21 @@ def run(
         from farspan.jobs.out_of_memory import explain as explained
 
         with connect(address) as session:
-            _say(console, "ray", "on this machine" if session.local else session.address)
+            say(console, "ray", "on this machine" if session.local else session.address)
             here = machine(wait_s=job.cluster.wait_s)
             resolved = resolve(job, facts, here, origins, by_prediction(job, facts, here))
-            resolved, planned = _with_plan(resolved, job, facts, here, console)
-            _check_room(resolved, session)
+            resolved, planned = with_plan(resolved, job, facts, here, console)
+            check_room(resolved, session)
             if resume:
-                _check_resume(folder, resolved, console)
+                check_resume(folder, resolved, console)
             resolved = _with_tokens(resolved, console)
             claim.take()
             _prepare_base(resolved, console)
             _write_job(folder, job, resolved, planned)
-            _say(console, "run", str(folder.root))
-            _say(console, "batch", batch_chain(resolved))
+            say(console, "run", str(folder.root))
+            say(console, "batch", batch_chain(resolved))
             for why in mesh_reason(resolved):
-                _say(console, "mesh", why)
+                say(console, "mesh", why)
             explain: Callable[[RankFailure], FarspanError] = out_of_memory
             if planned is not None:
                 free_bytes = shutil.disk_usage(folder.root).free
@@ -115,7 +115,7 @@ def run(
             return _train(folder, resolved, session, console, explain)
 
 
-def _with_plan(
+def with_plan(
     resolved: Resolved, job: SFTJob, facts: ModelFacts, here: Machine, console: Console
 ) -> tuple[Resolved, Planned | None]:
     """Plan the memory of a step, refuse what does not fit, and say what was decided; None: there is no prediction."""
@@ -131,7 +131,7 @@ def _with_plan(
     kind = planned.solution.kind if planned.solution is not None else planned.policy
     need, have = planned.prediction.device_peak_bytes, planned.problem.budgets.device_bytes
     why = f"{kind}: needs {size(need)} of {size(have)} on the device"
-    _say(console, "plan", why)
+    say(console, "plan", why)
     told = resolved.with_plan(
         planned.placement,
         planned.tiers(job),
@@ -160,7 +160,7 @@ def _calibration(
     if found is not None or not (wanted or is_scarce(job, train, facts, hardware)):
         return found
     why = "asked for" if wanted else "not counted otherwise" if facts.must_be_measured else "memory is scarce"
-    _say(console, "profile", f"measuring a layer of each kind: {why}")
+    say(console, "profile", f"measuring a layer of each kind: {why}")
     measure = partial(measure_on_cluster, cpus=gang.cluster.cpus_per_actor, gpus=int(gang.use_gpu))
     return measured_calibration(job, train, facts, device, measure)
 
@@ -177,28 +177,28 @@ def _unpredicted(resolved: Resolved, job: SFTJob, facts: ModelFacts, console: Co
             try_="--set memory.plan=keep, --set memory.plan=recompute, or --set memory.profile=auto",
         )
     rows = -(-resolved.train.data.context // resolved.train.mesh.sp)
-    _say(console, "plan", f"{policy}, not predicted: layers that were not measured")
+    say(console, "plan", f"{policy}, not predicted: layers that were not measured")
     placement = make(layers, rows=rows, attention_rows=rows * resolved.train.mesh.sp)
     return resolved.with_plan(placement, None, policy)
 
 
-def _check_resume(folder: RunFolder, resolved: Resolved, console: Console) -> None:
+def check_resume(folder: RunFolder, resolved: Resolved, console: Console) -> None:
     """Refuse a job that contradicts its newest checkpoint; say what else changed."""
     from farspan.trainer.checkpoint_format import read_manifest
     from farspan.trainer.resume_rules import check_resume
 
     complete = folder.complete_checkpoints()
     if len(complete) == 0:
-        _say(console, "resume", "no complete checkpoint: starting from step 0")
+        say(console, "resume", "no complete checkpoint: starting from step 0")
         return
     manifest = read_manifest(complete[-1])
     changes = check_resume(manifest.job, resolved.train, at=str(complete[-1]))
-    _say(console, "resume", f"from step {manifest.step}")
+    say(console, "resume", f"from step {manifest.step}")
     for change in changes:
-        _say(console, "changed", str(change))
+        say(console, "changed", str(change))
 
 
-def _check_room(resolved: Resolved, session: Session) -> None:
+def check_room(resolved: Resolved, session: Session) -> None:
     """A local Ray cannot grow: refuse a gang it cannot hold before anything is tokenised or deleted."""
     if session.local:
         from farspan.cluster.placement import place
@@ -215,12 +215,13 @@ def _with_tokens(resolved: Resolved, console: Console) -> Resolved:
     from farspan.trainer.data.store import TokenStore
 
     train = resolved.train
+    assert not isinstance(train.data, Rollouts)
     tokens_dir = prepare(
         train.data,
         train.model,
         train.evaluate,
         map_tasks=map_tasks,
-        progress=lambda line: _say(console, "data", line),
+        progress=lambda line: say(console, "data", line),
     )
     check_lengths(TokenStore(tokens_dir), train.data)
     return resolved.with_tokens(str(tokens_dir))
@@ -241,7 +242,7 @@ def _prepare_base(resolved: Resolved, console: Console) -> None:
         gpus, cpus = float(on_device and gang.use_gpu), gang.cluster.cpus_per_actor if on_device else 1.0
         return map_tasks(function, items, cpus_per_task=cpus, gpus_per_task=gpus, quiet_s=MATRIX_S, what="rounding")
 
-    prepare(train, map_tasks=on_cluster, progress=lambda line: _say(console, "base", line))
+    prepare(train, map_tasks=on_cluster, progress=lambda line: say(console, "base", line))
 
 
 def _write_job(folder: RunFolder, job: SFTJob, resolved: Resolved, planned: Planned | None) -> None:
@@ -284,8 +285,8 @@ def _train(
     finally:
         printer.close()
         _compare(folder, console)
-        _report(folder, console)
-    _say(console, "done:", _summary(result))
+        report_of(folder, console)
+    say(console, "done:", _summary(result))
     return RunResult(
         status=result.status,
         run_dir=folder.root,
@@ -304,19 +305,19 @@ def _compare(folder: RunFolder, console: Console) -> None:
     if not records or not folder.plan.exists():
         return
     show_measured(compare(read_plan(folder.plan), records), console=console)
-    journal = Journal(folder, on_event=lambda event: _say(console, "finding", event["text"]))
+    journal = Journal(folder, on_event=lambda event: say(console, "finding", event["text"]))
     journal.attempt = records[-1].get("attempt", 0)
     for found in findings(records):
         more = {"quantity": found.quantity, "planned": found.planned, "measured": found.measured}
         journal.event("finding", found.text, **more)
 
 
-def _report(folder: RunFolder, console: Console) -> None:
+def report_of(folder: RunFolder, console: Console) -> None:
     """A run that failed has a report too, if it got as far as one step."""
     from farspan.jobs.report.build import write_report
 
     if read_metrics(folder.metrics):
-        _say(console, "report", str(write_report(folder.root)))
+        say(console, "report", str(write_report(folder.root)))
 
 
 def _summary(result: TrainResult) -> str:
@@ -328,5 +329,5 @@ def _summary(result: TrainResult) -> str:
     return ", ".join(parts)
 
 
-def _say(console: Console, label: str, text: str) -> None:
+def say(console: Console, label: str, text: str) -> None:
     console.print(f"{label:<8} {text}", highlight=False, markup=False, soft_wrap=True)

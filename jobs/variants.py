@@ -34,9 +34,9 @@ def variants(field: FieldInfo) -> dict[str, type[Schema]]:
 
 
 def section(field: FieldInfo) -> type[Schema] | None:
-    """The schema of a field that holds one fixed section."""
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Schema) else None
+    """The schema of a field that holds one fixed section, or none."""
+    kinds = [kind for kind in members(field.annotation) if kind is not types.NoneType]
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Schema) else None
 
 
 def leading(kind: type[Schema]) -> str | None:

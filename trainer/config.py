@@ -149,6 +149,16 @@ class ChatData(Leading):
     """Put several conversations into one pack, boundaries kept. Off: one conversation a pack."""
 
 
+class Rollouts(Schema):
+    """What an RL run trains on: responses that it generates itself, packed."""
+
+    type: Literal["rollouts"] = "rollouts"
+    context: Count = Field(ge=16)
+    """Rows of one pack: the longest prompt with its response."""
+    on_too_long: Literal["error"] = "error"
+    pack: bool = True
+
+
 ModelSource = Annotated[Model | RandomModel, Field(discriminator="type")]
 DataSource = Annotated[TextData | ChatData, Field(discriminator="type")]
 Precision = Literal["bf16", "fp32"]
@@ -259,7 +269,7 @@ class TrainSpec(Schema):
     tokens_dir: str
     """Folder of the token store written by `farspan.trainer.data.prepare`."""
     model: ModelSource
-    data: DataSource
+    data: Annotated[TextData | ChatData | Rollouts, Field(discriminator="type")]
     adapter: Adapter
     base: Base = Unquantized()
     precision: Precision

@@ -11,12 +11,24 @@ N rows, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from farspan.trainer.log_probs import tiled_log_probs
+
 IGNORED = -100
+
+
+class Objective(Protocol):
+    """A loss of log-probabilities, in the place of cross-entropy."""
+
+    temperature: float
+    """Logits are divided by it."""
+
+    def __call__(self, log_probs_N: Tensor, entropies_N: Tensor) -> Tensor:
+        """0-dim loss over the trained rows of this rank, in their order; both arguments fp32 [N]."""
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -110,5 +122,19 @@ class LossHead(nn.Module):
         self.weight, self.bias = projection.weight, projection.bias
         self.tile, self.scale = tile, scale
 
-    def forward(self, hidden_NC: Tensor, labels_N: Tensor) -> Tensor:
-        return tiled_cross_entropy(hidden_NC, self.weight, labels_N, bias_V=self.bias, tile=self.tile, scale=self.scale)
+    def forward(self, hidden_NC: Tensor, labels_N: Tensor, objective: Objective | None = None) -> Tensor:
+        """The sum of token losses, or what `objective` makes of log-probabilities and entropies of trained rows."""
+        if objective is None:
+            return tiled_cross_entropy(
+                hidden_NC, self.weight, labels_N, bias_V=self.bias, tile=self.tile, scale=self.scale
+            )
+        trained = labels_N != IGNORED
+        log_probs, entropies = tiled_log_probs(
+            hidden_NC[trained],
+            self.weight,
+            labels_N[trained],
+            bias_V=self.bias,
+            tile=self.tile,
+            scale=self.scale / objective.temperature,
+        )
+        return objective(log_probs, entropies)

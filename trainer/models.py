@@ -61,7 +61,7 @@ from farspan.trainer.config import (
     UniPT,
     Unquantized,
 )
-from farspan.trainer.loss import IGNORED, LossHead
+from farspan.trainer.loss import IGNORED, LossHead, Objective
 from farspan.trainer.run_folder import RunFolder
 from farspan.trainer.tiling import tile_mlp
 
@@ -219,17 +219,25 @@ class CausalLMLoss(nn.Module):
         """The decoder layers, bottom first."""
         return decoder_layers(self._causal[0])
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, sequence: PackedSequence) -> Tensor:
-        """Sum of token losses over this rank's rows.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        sequence: PackedSequence,
+        objective: Objective | None = None,
+    ) -> Tensor:
+        """Sum of token losses over this rank's rows, or another loss of them.
 
         Args:
             input_ids, labels, position_ids: int64 [1, s]; labels are shifted already, -100 where nothing is trained.
             sequence: boundaries of the whole pack and the exchange of the sp group.
+            objective: a loss of log-probabilities instead.
         """
         hidden = self.decoder(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **{attention.KEYWORD: sequence}
         ).last_hidden_state
-        loss: Tensor = self.head(hidden.flatten(0, 1), labels.flatten())
+        loss: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), objective)
         return loss if self.density is None else self.density.attach(loss, labels, IGNORED)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ from farspan.trainer.adapters.lora import start
 from farspan.trainer.attention_choice import choose_attention
 from farspan.trainer.batch import Rows, rows_of
 from farspan.trainer.config import AMAQ, LoRA, RandomModel, TrainSpec
-from farspan.trainer.data.packing import Pack, PackedStream
+from farspan.trainer.data.packing import Pack
 from farspan.trainer.parallel.learned_bits import LearnedBits
 from farspan.trainer.parallel.mesh import RankGrid
 from farspan.trainer.parallel.ulysses import Ulysses
@@ -45,6 +45,13 @@ ERROR_ROWS = 1024
 """Of the first pack, on which the effect of codes on gradients is measured."""
 
 
+class Packs(Protocol):
+    """Where rows to try things on come from."""
+
+    def pack(self, index: int) -> Pack:
+        """The pack of this number, the same on every rank."""
+
+
 @dataclass(frozen=True)
 class Start:
     """One rank at its start."""
@@ -53,7 +60,7 @@ class Start:
     grid: RankGrid
     ulysses: Ulysses | None
     folder: RunFolder
-    stream: PackedStream
+    stream: Packs
     progress: Progress
 
     def base_model(self, meta: dict[str, Any]) -> None:

@@ -32,7 +32,10 @@ LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 FULL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
 FULL_RATES_OF_MATRICES = (4e-4, 8e-4, 1.6e-3, 3.2e-3)
 PACA_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
-PEQA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+STARTED_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+"""Of LoRA that starts large, not at zero."""
+SCALE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+S2A_RATES = (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
 
 
 PLAIN, ADAMW = Unquantized(), Optim()
@@ -67,7 +70,7 @@ METHODS = {
     "full, coat": full(COAT()),
     "full, dct_adamw of 32": full(DCTAdamW(rank=32, every=20), FULL_RATES_OF_MATRICES),
     "full, galore of 32": full(GaLore(rank=32, every=20, scale=1.0), FULL_RATES_OF_MATRICES),
-    "full, lamb": full(LAMB(), (1e-3, 2e-3, 4e-3, 8e-3)),
+    "full, lamb": full(LAMB(), (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "full, muon": full(Muon(), FULL_RATES_OF_MATRICES),
     "LoRA, peft's default": Method(LORA, how="peft"),
     "LoRA": Method(LORA),
@@ -80,8 +83,8 @@ METHODS = {
     "reversible 1, float, anchors of 2, LoRA": Method(
         Reversible(form="float", wiring=1, anchor_every=2, tolerance=1e-2, inside=LORA)
     ),
-    "LoRA from pissa": Method(LORA.model_copy(update={"init": "pissa"})),
-    "LoRA from lora_ga": Method(LORA.model_copy(update={"init": "lora_ga"})),
+    "LoRA from pissa": Method(LORA.model_copy(update={"init": "pissa"}), rates=STARTED_RATES),
+    "LoRA from lora_ga": Method(LORA.model_copy(update={"init": "lora_ga"}), rates=STARTED_RATES),
     "LoRA, 30 % of the rows": Method(LORA.model_copy(update={"keep_rows": 0.3})),
     "LoRA, activations fused": Method(LORA, activations="fused"),
     "LoRA, activations in fp8": Method(LORA, activations="fp8"),
@@ -90,24 +93,26 @@ METHODS = {
     "LoRA on int8": Method(LORA, Int8()),
     "LoRA on nf4": Method(LORA, NF4()),
     "LoRA at what nf4 lost (LoRC)": Method(LORA.model_copy(update={"init": "lorc"}), NF4()),
-    "LoRA on lq, 2.75 bits": Method(LORA, LQ(bits=2.75)),
-    "S2A, biases, prompt of 8, side 32": Method(S2A(prompt=8, side=32), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "LoRA on lq, 2.75 bits": Method(LORA, LQ(bits=2.75), STARTED_RATES),
+    "S2A, biases, prompt of 8, side 32": Method(S2A(prompt=8, side=32), rates=S2A_RATES),
     "UniPT": Method(UniPT(reduction=4)),
-    "PEQA, 4 bits": Method(PEQA(bits=4), rates=PEQA_RATES),
-    "PV-Tuning, 4 bits": Method(PV(bits=4), rates=PEQA_RATES),
+    "PEQA, 4 bits": Method(PEQA(bits=4), rates=SCALE_RATES),
+    "PV-Tuning, 4 bits": Method(PV(bits=4), rates=SCALE_RATES),
     "L4Q, 4 bits": Method(L4Q(rank=8, bits=4)),
     # the same with others
-    "full, dct_adamw of 32, 4 bits left out": full(DCTAdamW(rank=32, every=1, feedback="4bit"), FULL_RATES_OF_MATRICES),
+    "full, dct_adamw of 32, 4 bits left out": full(
+        DCTAdamW(rank=32, every=1, feedback="4bit"), (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+    ),
     "reversible 1, 2 bits, width 16, LoRA": Method(Reversible(wiring=1, bits=2, width=16, inside=LORA)),
     "reversible 1, 3 bits, PaCA": Method(Reversible(wiring=1, bits=3, inside=PaCA(rank=16)), rates=PACA_RATES),
     "full, activations in 4 bits": Method(FullFineTune(), rates=FULL_RATES, activations="int4"),
     "PaCA, activations in 4 bits": Method(PaCA(rank=16), rates=PACA_RATES, activations="int4"),
-    "LoRA on lq, 4.1 bits": Method(LORA, LQ(bits=4.127)),
+    "LoRA on lq, 4.1 bits": Method(LORA, LQ(bits=4.127), STARTED_RATES),
     "PaCA on nf4": Method(PaCA(rank=16), NF4(), rates=PACA_RATES),
     "reversible 1, 3 bits, LoRA on nf4": Method(Reversible(wiring=1, bits=3, inside=LORA), NF4()),
-    "S2A, biases": Method(S2A(), rates=(1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "S2A, biases": Method(S2A(), rates=S2A_RATES),
     "UniPT on nf4": Method(UniPT(reduction=4), NF4()),
-    "PEQA, 3 bits": Method(PEQA(bits=3), rates=PEQA_RATES),
-    "PV-Tuning, 3 bits": Method(PV(bits=3), rates=PEQA_RATES),
+    "PEQA, 3 bits": Method(PEQA(bits=3), rates=SCALE_RATES),
+    "PV-Tuning, 3 bits": Method(PV(bits=3), rates=SCALE_RATES),
     "L4Q, 3 bits": Method(L4Q(rank=8, bits=3)),
 }

@@ -100,7 +100,7 @@ def best_rate(cells: dict[str, Any], name: str) -> float | None:
 
 def started(cells: dict[str, Any], name: str) -> float:
     """Held-out loss before training: measured once for a method."""
-    found = [cells.get(f"{name}/{lr:g}/0", {}).get("start") for lr in METHODS[name].rates]
+    found = [cell.get("start") for key, cell in cells.items() if key.rsplit("/", 2)[0] == name]
     return next(float(loss) for loss in found if loss is not None)
 
 

@@ -45,13 +45,32 @@ _PUBLIC = {
     "Track": "farspan.trainer.config",
     "MemoryBudget": "farspan.memory.config",
     "Cluster": "farspan.cluster.config",
+    "RLJob": "farspan.jobs.config",
+    "WarmStart": "farspan.jobs.config",
+    "Arithmetic": "farspan.trainer.rl.tasks.arithmetic",
+    "Rollout": "farspan.trainer.rl.config",
+    "Reward": "farspan.trainer.rl.config",
+    "PolicyLoss": "farspan.trainer.rl.config",
+    "Mastered": "farspan.trainer.rl.config",
+    "RLEvaluate": "farspan.trainer.rl.config",
+    "Cosine": "farspan.trainer.rl.shapers",
+    "GRPOLambda": "farspan.trainer.rl.shapers",
+    "Kimi": "farspan.trainer.rl.shapers",
+    "L1Exact": "farspan.trainer.rl.shapers",
+    "L1Max": "farspan.trainer.rl.shapers",
+    "Laser": "farspan.trainer.rl.shapers",
+    "LaserD": "farspan.trainer.rl.shapers",
+    "LaserDE": "farspan.trainer.rl.shapers",
+    "Repetition": "farspan.trainer.rl.shapers",
+    "SoftOverlong": "farspan.trainer.rl.shapers",
+    "StopProperly": "farspan.trainer.rl.shapers",
     "FarspanError": "farspan.errors",
 }
 
 if TYPE_CHECKING:
     from farspan.cluster.config import Cluster
     from farspan.errors import FarspanError
-    from farspan.jobs.config import SFTJob
+    from farspan.jobs.config import RLJob, SFTJob, WarmStart
     from farspan.memory.config import MemoryBudget
     from farspan.trainer.config import (
         AMAQ,
@@ -85,6 +104,21 @@ if TYPE_CHECKING:
         Track,
         UniPT,
     )
+    from farspan.trainer.rl.config import Mastered, PolicyLoss, Reward, RLEvaluate, Rollout
+    from farspan.trainer.rl.shapers import (
+        Cosine,
+        GRPOLambda,
+        Kimi,
+        L1Exact,
+        L1Max,
+        Laser,
+        LaserD,
+        LaserDE,
+        Repetition,
+        SoftOverlong,
+        StopProperly,
+    )
+    from farspan.trainer.rl.tasks.arithmetic import Arithmetic
 
 __all__ = [
     "SFTJob",
@@ -120,6 +154,25 @@ __all__ = [
     "Track",
     "MemoryBudget",
     "Cluster",
+    "RLJob",
+    "WarmStart",
+    "Arithmetic",
+    "Rollout",
+    "Reward",
+    "PolicyLoss",
+    "Mastered",
+    "RLEvaluate",
+    "Cosine",
+    "GRPOLambda",
+    "Kimi",
+    "L1Exact",
+    "L1Max",
+    "Laser",
+    "LaserD",
+    "LaserDE",
+    "Repetition",
+    "SoftOverlong",
+    "StopProperly",
     "FarspanError",
     "__version__",
 ]

@@ -10,15 +10,16 @@ rank them. What every shaper of ours keeps:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Self
 
+from farspan.schema import Schema
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 
 
-class Shaper(ABC):
-    """From verdicts and lengths to rewards."""
+class Shaper(Schema):
+    """From verdicts and lengths to rewards. Its fields are its settings; what it learns is not among them."""
 
     def rewards(self, groups: Sequence[PromptGroup]) -> list[list[float]]:
         """The total reward of every sample, after shaping: one row for each group, in the order of its samples."""
@@ -32,7 +33,7 @@ class Shaper(ABC):
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         """Total reward of a sample that was judged; `group` holds it."""
 
-    def observe(self, groups: Sequence[PromptGroup]) -> None:  # noqa: B027  most have nothing to learn
+    def observe(self, groups: Sequence[PromptGroup]) -> None:
         """Take in groups of the monitoring prompts, which are not trained on."""
 
     @property
@@ -44,8 +45,13 @@ class Shaper(ABC):
         """What must outlive a restart, as JSON can hold it."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
+
+    def for_cap(self, cap: int) -> Self:
+        """A fresh one for responses of at most `cap` tokens, where nothing else was said of its `cap`."""
+        capped = "cap" in type(self).model_fields and "cap" not in self.model_fields_set
+        return type(self)(**{**self.model_dump(exclude_unset=True), **({"cap": cap} if capped else {})})
 
     def metrics(self) -> dict[str, float]:
         """What this shaper did in the last `rewards`, or stands at, by name."""
@@ -54,6 +60,8 @@ class Shaper(ABC):
 
 class Plain(Shaper):
     """No shaping: the verifier's score."""
+
+    type: Literal["none"] = "none"
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         return sample.score

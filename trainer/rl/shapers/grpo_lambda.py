@@ -8,7 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Literal
 
+from pydantic import Field, PrivateAttr
+
+from farspan.schema import Ratio
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.shapers.base import Shaper
 
@@ -20,23 +24,20 @@ class GRPOLambda(Shaper):
     samples, a wrong one 0; elsewhere 1 and 0. It takes the score's place. Groups are ranked within the step: this
     shaper lets them influence each other.
 
-    Args:
-        top_share: of the step's groups that are chosen, rounded down and at least one if above 0; ties go to the
-            smaller prompt id, so that runs repeat.
-        alpha: below 1, so that a correct sample is always above a wrong one.
-
     The standard deviation is that of a sample (n - 1), as in public code. Correct samples of one length, or a single
     one, lie at their mean: 1 - alpha / 2.
     """
 
-    def __init__(self, top_share: float = 0.2, alpha: float = 0.6) -> None:
-        if not (0 <= top_share <= 1 and 0 <= alpha < 1):
-            raise ValueError(f"top_share lies in [0, 1] and alpha in [0, 1): {top_share:g}, {alpha:g}")
-        self.top_share, self.alpha = top_share, alpha
-        self._chosen: set[int] = set()
+    type: Literal["grpo_lambda"] = "grpo_lambda"
+    top_share: Ratio = 0.2
+    """Of the step's groups that are chosen, rounded down and at least one if above 0; ties go to the smaller prompt id,
+    so that runs repeat."""
+    alpha: float = Field(default=0.6, ge=0, lt=1)
+    """Below 1, so that a correct sample is always above a wrong one."""
+    _chosen: set[int] = PrivateAttr(default_factory=set)
 
     def rewards(self, groups: Sequence[PromptGroup]) -> list[list[float]]:
-        chosen = self._chosen = self.choose(groups)
+        self._chosen = chosen = self.choose(groups)
         return [
             [
                 sample.score if sample.correct is None

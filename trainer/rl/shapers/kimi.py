@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.shapers.base import Shaper
 
@@ -14,8 +18,8 @@ class Kimi(Shaper):
     of 0 and 1.
     """
 
-    def __init__(self, weight: float = 0.4) -> None:
-        self.weight = weight
+    type: Literal["kimi"] = "kimi"
+    weight: float = Field(default=0.4, ge=0)
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         lengths = [other.tokens for other in group.judged]

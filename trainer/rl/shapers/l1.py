@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.shapers.base import Shaper
 
@@ -18,8 +22,9 @@ class L1Exact(Shaper):
     A correct sample that misses by 1 / alpha tokens is worth as little as a wrong one on the spot.
     """
 
-    def __init__(self, alpha: float = 3e-4) -> None:
-        self.alpha = alpha
+    type: Literal["l1_exact"] = "l1_exact"
+    alpha: float = Field(default=3e-4, ge=0)
+    """Of the reward, for a token too many or too few."""
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         return sample.score - self.alpha * abs(_asked(sample, "L1Exact") - sample.tokens)
@@ -28,15 +33,15 @@ class L1Exact(Shaper):
 class L1Max(Shaper):
     """score * clip(alpha (n - L) + offset, 0, 1), where the prompt says "Think for maximum n tokens."
 
-    Args:
-        slope_scale: 0.5 is the slope of the authors' code, which is half of the paper's.
-        offset: of a sample of exactly n tokens.
-
     A wrong sample (score 0) has 0, which a correct one far too long has as well.
     """
 
-    def __init__(self, alpha: float = 3e-4, offset: float = 0.5, slope_scale: float = 1.0) -> None:
-        self.alpha, self.offset, self.slope_scale = alpha, offset, slope_scale
+    type: Literal["l1_max"] = "l1_max"
+    alpha: float = Field(default=3e-4, ge=0)
+    offset: float = 0.5
+    """Share of the score for exactly n tokens."""
+    slope_scale: float = Field(default=1.0, ge=0)
+    """0.5 is the slope of the authors' code, which is half of the paper's."""
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         ahead = _asked(sample, "L1Max") - sample.tokens

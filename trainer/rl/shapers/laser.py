@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from pydantic import Field, PrivateAttr, model_validator
+
+from farspan.schema import Count
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.shapers.base import Shaper
 from farspan.trainer.rl.shapers.repetition import is_repetitive
@@ -22,14 +25,14 @@ def band_of(group: PromptGroup) -> Band:
 class Laser(Shaper):
     """score + alpha for a correct sample of at most `target` tokens.
 
-    Args:
-        kind: `bonus` as the paper; `penalty`: -alpha for a correct one that is longer; `both`.
-
     No wrong sample beats a correct one, unless alpha > 1 penalises it below.
     """
 
-    def __init__(self, target: int, alpha: float = 0.5, kind: Literal["bonus", "penalty", "both"] = "bonus") -> None:
-        self.target, self.alpha, self.kind = target, alpha, kind
+    type: Literal["laser"] = "laser"
+    target: Count = Field(ge=0)
+    alpha: float = Field(default=0.5, ge=0)
+    kind: Literal["bonus", "penalty", "both"] = "bonus"
+    """`bonus` as in the paper; `penalty`: -alpha for a correct one that is longer; `both`."""
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         if not sample.correct:
@@ -47,26 +50,32 @@ class LaserD(Shaper):
     samples) at least one is expected there. Where no length on the grid will do, and before the first `observe`, the
     target is the longest response of the step, which every correct sample keeps within.
 
-    Args:
-        alpha: bonus of a correct sample within its target.
-        cap: most tokens a response may have, the end of the grid.
-        lower: beginning of the grid. step: its spacing. The authors' models have 1024, 2048 or 4096 and 1024.
-        rounding: of 2K/3 and K/3, `floor` as published or `ceil`.
     """
 
-    def __init__(
-        self,
-        alpha: float = 0.5,
-        cap: int = 16384,
-        lower: int = 1024,
-        step: int = 1024,
-        rounding: Literal["floor", "ceil"] = "floor",
-    ) -> None:
-        if not (1 <= lower <= cap and step >= 1):
-            raise ValueError(f"the grid goes from lower to cap: lower={lower}, step={step}, cap={cap}")
-        self.alpha, self.cap, self.lower, self.step, self.rounding = alpha, cap, lower, step, rounding
-        self.targets: dict[Band, int | None] = dict.fromkeys(BANDS)
-        self._longest = 0
+    type: Literal["laser_d"] = "laser_d"
+    alpha: float = Field(default=0.5, ge=0)
+    """Bonus of a correct sample within its target."""
+    cap: Count = Field(default=16384, ge=1)
+    """Most tokens a response may have, the end of the grid; in a job its cap."""
+    lower: Count = Field(default=1024, ge=1)
+    """Beginning of the grid: 1024, 2048 or 4096 in the paper."""
+    step: Count = Field(default=1024, ge=1)
+    """Spacing of the grid."""
+    rounding: Literal["floor", "ceil"] = "floor"
+    """Of 2K/3 and K/3: as published, or up."""
+    _targets: dict[Band, int | None] = PrivateAttr(default_factory=lambda: dict.fromkeys(BANDS))
+    _longest: int = PrivateAttr(default=0)
+
+    @model_validator(mode="after")
+    def _grid(self) -> Self:
+        if self.lower > self.cap:
+            raise ValueError(f"the grid goes from lower to cap, and {self.lower} is more than {self.cap}")
+        return self
+
+    @property
+    def targets(self) -> dict[Band, int | None]:
+        """Tokens by band; None: the longest response of the step."""
+        return dict(self._targets)
 
     @property
     def wants_monitor(self) -> bool:
@@ -78,7 +87,7 @@ class LaserD(Shaper):
 
     def target(self, group: PromptGroup) -> int:
         """Tokens within which a correct sample of this group has the bonus."""
-        found = self.targets[band_of(group)]
+        found = self._targets[band_of(group)]
         return self._longest if found is None else found
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
@@ -91,7 +100,7 @@ class LaserD(Shaper):
             inside = [group for group in groups if group.judged and band_of(group) == band]
             lengths = sorted(sample.tokens for group in inside for sample in group.judged)
             least = self._least_correct(band, max((len(group.judged) for group in inside), default=0))
-            self.targets[band] = self._smallest_length(lengths, least)
+            self._targets[band] = self._smallest_length(lengths, least)
 
     def _least_correct(self, band: Band, samples: int) -> int:
         if band == "hard":
@@ -111,7 +120,7 @@ class LaserD(Shaper):
         return {"targets": dict(self.targets)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.targets = {band: state["targets"][band] for band in BANDS}
+        self._targets = {band: state["targets"][band] for band in BANDS}
 
     def metrics(self) -> dict[str, float]:
         return {f"target_{band}": float(target) for band, target in self.targets.items() if target is not None}
@@ -124,6 +133,8 @@ class LaserDE(LaserD):
     A wrong sample's score must lie more than alpha under a correct one's, or it is worth as much (the paper: -0.5).
     A sample without `token_ids` counts as one that does not repeat itself.
     """
+
+    type: Literal["laser_de"] = "laser_de"  # type: ignore[assignment]
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         explores = (

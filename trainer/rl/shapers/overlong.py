@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from farspan.schema import Count, Ratio
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.shapers.base import Shaper
 
@@ -13,10 +18,18 @@ class SoftOverlong(Shaper):
     sample beats a correct one only if factor > 1 with scores of 0 and 1.
     """
 
-    def __init__(self, cap: int = 20480, buffer: int = 4096, factor: float = 1.0) -> None:
-        if not 0 <= buffer <= cap:
-            raise ValueError(f"the buffer lies below the cap: {buffer} is not between 0 and {cap}")
-        self.cap, self.buffer, self.factor = cap, buffer, factor
+    type: Literal["soft_overlong"] = "soft_overlong"
+    cap: Count = Field(default=20480, ge=1)
+    """Most tokens a response may have; in a job its cap."""
+    buffer: Count = Field(default=4096, ge=0)
+    """Tokens below the cap within which the punishment grows."""
+    factor: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _below_the_cap(self) -> Self:
+        if self.buffer > self.cap:
+            raise ValueError(f"the buffer lies below the cap: {self.buffer} is more than {self.cap}")
+        return self
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         return sample.score + self.factor * self.punishment(sample.tokens)
@@ -35,10 +48,9 @@ class StopProperly(Shaper):
     With the defaults a truncated sample is worth nothing, and less than nothing only by `penalty`.
     """
 
-    def __init__(self, keep: float = 0.0, penalty: float = 0.0) -> None:
-        if not 0 <= keep <= 1:
-            raise ValueError(f"keep is a share of the score, not {keep:g}")
-        self.keep, self.penalty = keep, penalty
+    type: Literal["stop_properly"] = "stop_properly"
+    keep: Ratio = 0.0
+    penalty: float = Field(default=0.0, ge=0)
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         if sample.finish != "cap":

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+from pydantic import Field
+
+from farspan.schema import Ratio
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.shapers.base import Shaper
 
@@ -18,26 +21,18 @@ class Repetition(Shaper):
     began earlier as well (`token_penalties`), for a critic with a discount of its own; here its discounted sum from
     the first token.
 
-    Args:
-        weight: at most 0.
-        ngram: tokens; the authors' dense penalty takes 40.
-        gamma: discount of the dense penalty, beside the 1 of the outcome.
-        apart: dense: an n-gram counts only if it begins behind the last one that counted.
-
     A sample without `token_ids`, or with fewer than n, has no penalty.
     """
 
-    def __init__(
-        self,
-        ngram: int = 3,
-        weight: float = -1.0,
-        kind: Literal["sparse", "dense"] = "sparse",
-        gamma: float = 0.99,
-        apart: bool = False,
-    ) -> None:
-        if weight > 0 or ngram < 1:
-            raise ValueError(f"a penalty is at most 0 and an n-gram at least 1 token: weight={weight:g}, ngram={ngram}")
-        self.ngram, self.weight, self.kind, self.gamma, self.apart = ngram, weight, kind, gamma, apart
+    type: Literal["repetition"] = "repetition"
+    ngram: int = Field(default=3, ge=1)
+    """Tokens; the authors' dense penalty takes 40."""
+    weight: float = Field(default=-1.0, le=0)
+    kind: Literal["sparse", "dense"] = "sparse"
+    gamma: Ratio = 0.99
+    """Discount of the dense penalty, beside the 1 of the outcome."""
+    apart: bool = False
+    """Dense: an n-gram counts only if it begins behind the last one that counted."""
 
     def shaped(self, sample: ScoredSample, group: PromptGroup) -> float:
         ids = sample.token_ids or ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farspan.trainer.rl.log_probs import tiled_log_probs
+from farspan.trainer.log_probs import tiled_log_probs
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64])
