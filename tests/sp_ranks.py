@@ -240,3 +240,19 @@ def coded_exchange(rank: int, heads: int, kv_heads: int) -> dict[str, Any]:
         "bytes": bits.traffic.sent_bytes - gradients,
         "bytes by formula": planes * rows // 8 + 8 * channels,
     }
+
+
+def rl_updates(rank: int, spec: Any, samples: Any, count: int) -> Any:
+    """Scores and two optimizer steps of an RL trainer on the group that `on_ranks` has formed; rank 0's findings."""
+    from farspan.trainer.rl.policy import PolicyRank
+    from farspan.trainer.world import World
+
+    made = PolicyRank(spec, World(rank=rank, world_size=spec.train.mesh.world_size))
+    scored = made.score(samples)
+    records = [made.update(samples) for _ in range(count)]
+    weights = made.weights()
+    made.close()
+    if rank:
+        return None
+    assert scored is not None and weights is not None
+    return scored, [record["loss"] for record in records if record], {n: w.numpy() for n, w in weights.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sp_ranks import on_ranks, rl_updates
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.memory.config import Tiles
@@ -282,3 +283,26 @@ def test_packed_loss_is_the_padded_one(base: str, tmp_path: Path, loss: PolicyLo
     advantages = torch.tensor([float(sample.advantages[0]) for sample in samples])
     expected = policy_loss(current, old, advantages, mask, left_out_NT=left_out)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mesh", "zero"), [(Mesh(sp=2), 0), (Mesh(dp=2), 0), (Mesh(dp=2), 3)], ids=str)
+def test_ranks_agree_with_one(base: str, tmp_path: Path, mesh: Mesh, zero: int) -> None:
+    """An odd number of packs, so that with dp 2 a group has one that counts nothing."""
+    samples, loss = (
+        made_samples(7),
+        PolicyLoss(importance="sais", mastered=Mastered(threshold=0.01, entropy_target=9.0)),
+    )
+    assert len(pack_samples(samples, context=64)) % 2 == 1
+
+    def spec(name: str, mesh: Mesh, zero: int) -> RLSpec:
+        train = train_spec(base, tmp_path / name, mesh=mesh, zero=zero, data=Rollouts(context=64))
+        return RLSpec(train=train, loss=loss, temperature=0.8, vocab=VOCAB)
+
+    (alone,) = on_ranks(rl_updates, 1, spec("one", Mesh(), 0), samples, 2)
+    together, _ = on_ranks(rl_updates, 2, spec("two", mesh, zero), samples, 2)
+    for ours, theirs in zip(together[0]["log_probs"], alone[0]["log_probs"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert together[1] == pytest.approx(alone[1], rel=1e-4, abs=1e-6)
+    for name, weights in alone[2].items():
+        np.testing.assert_allclose(together[2][name], weights, atol=2e-4, err_msg=name)
