@@ -78,7 +78,11 @@ def test_command(command: str, place: Path) -> None:
         program = f"{sys.executable} -m farspan.jobs"
     elif program == "torchrun":
         program = f"{sys.executable} -m torch.distributed.run"
-    if rest.startswith("run") and "name=" in rest:
+    if rest == "run jobs/reason_rl.py":
+        rest += " --set warm_start.optim.steps=5 --set warm_start.examples=500 --set optim.steps=2"
+        rest += " --set evaluate.prompts=16 --set rollout.prompts_per_step=2 --set reward.monitor_prompts=2"
+        rest += " --set optim.warmup_steps=1"
+    elif rest.startswith("run") and "name=" in rest:
         rest += " --set optim.steps=3 --set data.context=512"
     elif rest.startswith("run") and "--resume" not in rest:
         # the quickstart has left this name in use: the README's reader runs it in a fresh folder

@@ -19,7 +19,7 @@ class Arithmetic(Task):
     """`7+5*3-4` from left to right modulo `modulus`, answered behind a `#`.
 
     Demonstrations are of three styles: `full` writes every step as an equation and then checks all of them once more,
-    `short` writes results alone, `none` answers at once. Slips put a wrong result into a step and go on from there: a
+    `short` writes what each operand makes of the result so far, `none` answers at once. Slips put a wrong result into a step and go on from there: a
     policy that learned from them is right more often where it wrote more, until RL has sharpened it.
     """
 
@@ -30,11 +30,11 @@ class Arithmetic(Task):
     full: Ratio = 0.7
     """Share of demonstrations that write everything."""
     short: Ratio = 0.25
-    """Share that writes results alone; the rest answers at once."""
+    """Share that writes each step once and in short; the rest answers at once."""
     full_slips: Ratio = 0.0
     """Share of steps with a wrong result, in demonstrations that write everything."""
     short_slips: Ratio = 0.08
-    """The same where results stand alone."""
+    """The same in short ones."""
 
     def draw(self, draw: random.Random) -> Problem:
         number = draw.randint(*self.steps)
@@ -50,9 +50,9 @@ class Arithmetic(Task):
             return Demonstration((), f"#{problem.answer}")
         slips = self.full_slips if style < self.full else self.short_slips
         results = self._results(chain, slips, draw)
-        if style >= self.full:
-            return Demonstration([Step(f"{result} ") for result in results], f"#{results[-1]}")
         equations = list(zip([_first(chain), *results], re.findall(r"[-+*]\d+", chain), results))
+        if style >= self.full:
+            return Demonstration([Step(f"{step}={after} ") for _, step, after in equations], f"#{results[-1]}")
         work = [Step(f"{before}{step}={after}\n") for before, step, after in equations]
         check = [Step(f"{before}{step}={after} ok\n", "check") for before, step, after in equations]
         return Demonstration([*work, *check], f"#{results[-1]}")
