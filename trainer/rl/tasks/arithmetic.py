@@ -19,8 +19,9 @@ class Arithmetic(Task):
     """`7+5*3-4` from left to right modulo `modulus`, answered behind a `#`.
 
     Demonstrations are of three styles: `full` writes every step as an equation and then checks all of them once more,
-    `short` writes what each operand makes of the result so far, `none` answers at once. Slips put a wrong result into a step and go on from there: a
-    policy that learned from them is right more often where it wrote more, until RL has sharpened it.
+    `short` writes what each operand makes of the result so far, `none` answers at once. Slips put a wrong result into a
+    step and go on from there: a policy that learned from them is right more often where it wrote more, until RL has
+    sharpened it.
     """
 
     type: Literal["arithmetic"] = "arithmetic"
