@@ -40,6 +40,6 @@ job = RLJob(
     loss=PolicyLoss(aggregation="dapo"),
     context="4k",
     parallel=Parallel(sp=1, dp=1),
-    optim=Optim(lr=3e-4, steps=80, schedule="constant", warmup_steps=5),
+    optim=Optim(lr=2e-4, steps=80, warmup_steps=5),
     evaluate=RLEvaluate(prompts=4096),
 )
