@@ -29,7 +29,9 @@ from farspan.trainer.config import (
     UniPT,
     Unquantized,
 )
-from farspan.trainer.rl.config import PolicyLoss, Reward, RLEvaluate, Rollout, TaskSource
+from farspan.trainer.rl.config import PolicyLoss, Reward, RLEvaluate, Rollout
+from farspan.trainer.rl.tasks import TaskSource
+from farspan.trainer.rl.tasks.dropping import DropLevel
 
 if TYPE_CHECKING:
     from farspan.jobs.run import RunResult
@@ -94,6 +96,8 @@ class WarmStart(Schema):
 
     examples: Count = Field(default=20000, ge=1)
     """Demonstrations that are made."""
+    drop: tuple[DropLevel, ...] = ()
+    """Levels at which pieces of their traces are left out."""
     context: Count = Field(default=4096, ge=16)
     """Rows of one pack of them."""
     optim: Optimizer = Optim(lr=1e-4, steps=300)

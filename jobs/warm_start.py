@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import farspan
 from farspan.errors import JobError
-from farspan.jobs.config import RLJob, SFTJob
+from farspan.jobs.config import RLJob, SFTJob, WarmStart
 from farspan.trainer.config import ChatData, Checkpoint, Evaluate, Model, RandomModel
 from farspan.trainer.rl.tasks.base import Task
+from farspan.trainer.rl.tasks.dropping import drop
 from farspan.trainer.run_folder import RunFolder, default_cache_root, write_atomically
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def policy_of(job: RLJob, *, address: str | None, console: Console, say: Callabl
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
         say("warm-up", f"SFT on {job.warm_start.examples} demonstrations, {job.warm_start.optim.steps} steps")
-        _write_examples(job.task, job.warm_start.examples, folder / EXAMPLES)
+        _write_examples(job.task, job.warm_start, folder / EXAMPLES)
         run(_sft_job(job, folder), address=address, clean=(folder / RUN).exists(), console=console)
         found = _exported(RunFolder(folder / RUN))
         assert found is not None, f"{folder} has no export"
@@ -93,10 +95,11 @@ def _digest(job: RLJob) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write_examples(task: Task, count: int, path: Path) -> None:
-    lines = []
-    for number in range(count):
+def _write_examples(task: Task, warm: WarmStart, path: Path) -> None:
+    lines, draw = [], random.Random(f"drop {task.seed}")
+    for number in range(warm.examples):
         problem, shown = task.demonstration(number)
+        shown = drop(shown, warm.drop, draw)
         messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": shown.text}]
         lines.append(json.dumps({"messages": messages}) + "\n")
     write_atomically(path, "".join(lines))

@@ -25,10 +25,12 @@ def test_a_problem_is_its_number() -> None:
 
 def test_held_out_problems_are_never_trained_on() -> None:
     task = Arithmetic(steps=(1, 2))  # few enough to meet often
-    held_out = {task.problem(number, held_out=True).prompt for number in range(2000)}
+    held_out = {task.problem(number, side="held_out").prompt for number in range(2000)}
+    monitored = {task.problem(number, side="monitor").prompt for number in range(2000)}
     trained = {task.problem(number).prompt for number in range(2000)}
     shown = {task.demonstration(number)[0].prompt for number in range(2000)}
-    assert not held_out & trained and not held_out & shown and len(held_out) > 50
+    assert not held_out & (trained | shown | monitored) and not monitored & (trained | shown)
+    assert len(held_out) > 50 and len(monitored) > 50
 
 
 @settings(max_examples=200, deadline=None)

@@ -25,9 +25,8 @@ from farspan.trainer.rl.shapers import (
     SoftOverlong,
     StopProperly,
 )
-from farspan.trainer.rl.tasks.arithmetic import Arithmetic
+from farspan.trainer.rl.tasks import TaskSource
 
-TaskSource = Annotated[Arithmetic, Field()]
 ShaperSource = Annotated[
     Plain
     | Laser

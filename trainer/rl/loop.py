@@ -8,9 +8,10 @@ and everything that must outlive a restart is in `state`.
 
 from __future__ import annotations
 
-import statistics
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,15 +22,15 @@ from farspan.trainer.rl.config import RLRunSpec
 from farspan.trainer.rl.losses import sample_weights
 from farspan.trainer.rl.messages import RolloutJob, Sampling, SegmentResult
 from farspan.trainer.rl.pool import Group, Pool, Sample, sample_seed
+from farspan.trainer.rl.records import mean, sample_records, step_record
 from farspan.trainer.rl.samples import PromptGroup, ScoredSample
 from farspan.trainer.rl.tasks.base import Problem, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MONITOR_NUMBERS, EVALUATION_SEED = 1 << 40, 0x5EED
-"""Problems of the monitor are numbered from here on; held-out ones have seeds of their own."""
-LENGTH_QUANTILES = (0.1, 0.5, 0.9)
+EVALUATION_SEED = 0x5EED
+"""Samples of the monitor and of evaluations have seeds of their own."""
 
 
 class PolicyTrainer(Protocol):
@@ -144,27 +145,27 @@ class RLLoop:
         for group in groups:
             self.pool.remove(group)
         self.at = step
-        self._keep_record(step, groups, scored, rewards, advantages)
+        self.recorded(sample_records(step, groups, scored, rewards, advantages, self.decode))
         return self._record(step, groups, scored, rewards, results) | found
 
     def monitor(self) -> list[PromptGroup]:
         """Groups of the monitoring prompts, under the weights of now."""
         count, number = self.spec.reward.monitor_prompts, self.spec.rollout.group_size
-        problems = [self.spec.task.problem(MONITOR_NUMBERS + index) for index in range(count)]
+        problems = [self.spec.task.problem(index, side="monitor") for index in range(count)]
         found = self._one_shot(problems, number, f"monitor {self.at}", self.sampling)
         return [PromptGroup(samples, index) for index, samples in enumerate(found)]
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy and length on held-out prompts, the same at every evaluation."""
         evaluate = self.spec.evaluate
-        problems = [self.spec.task.problem(index, held_out=True) for index in range(evaluate.prompts)]
+        problems = [self.spec.task.problem(index, side="held_out") for index in range(evaluate.prompts)]
         sampling = Sampling(self.spec.rollout.temperature if evaluate.sampled else 0.0)
         samples = [group[0] for group in self._one_shot(problems, 1, "evaluation", sampling)]
         judged = [sample for sample in samples if sample.correct is not None]
         return {
-            "eval_accuracy": _mean([float(bool(sample.correct)) for sample in judged]),
-            "eval_response_tokens": _mean([float(sample.tokens) for sample in samples]),
-            "eval_truncated_share": _mean([float(sample.finish == "cap") for sample in samples]),
+            "eval_accuracy": mean([float(bool(sample.correct)) for sample in judged]),
+            "eval_response_tokens": mean([float(sample.tokens) for sample in samples]),
+            "eval_truncated_share": mean([float(sample.finish == "cap") for sample in samples]),
             "eval_prompts": len(samples),
         }
 
@@ -299,78 +300,20 @@ class RLLoop:
         rewards: Sequence[Sequence[float]],
         results: Sequence[SegmentResult],
     ) -> dict[str, Any]:
-        samples = [sample for group in scored for sample in group.samples]
-        judged = [sample for sample in samples if sample.correct is not None]
-        generated = sum(len(result.new_ids) for result in results)
-        self.totals["samples"] += len(samples)
-        self.totals["response_tokens"] += generated
-        ages = [self.version - sample.oldest_version for group in groups for sample in group.samples]
+        record = step_record(groups, scored, rewards, results, version=self.version)
+        self.totals["samples"] += record["samples"]
+        self.totals["response_tokens"] += record["generated_tokens"]
         return {
             "step": step,
-            "reward_mean": _mean([reward for row in rewards for reward in row]),
-            "accuracy": _mean([float(bool(sample.correct)) for sample in judged]),
-            "response_tokens_mean": _mean([float(sample.tokens) for sample in samples]),
-            "response_tokens": {
-                kind: dict(zip(map(str, LENGTH_QUANTILES), np.quantile(lengths, LENGTH_QUANTILES).tolist()))
-                for kind, lengths in (
-                    ("correct", [s.tokens for s in judged if s.correct and s.finish == "eos"]),
-                    ("wrong", [s.tokens for s in judged if not s.correct and s.finish == "eos"]),
-                    ("truncated", [s.tokens for s in samples if s.finish == "cap"]),
-                )
-                if lengths
-            },
-            "truncated_share": _mean([float(sample.finish == "cap") for sample in samples]),
-            "well_formed_share": _mean([float(sample.well_formed) for sample in samples]),
-            "unjudged": len(samples) - len(judged),
-            "groups": len(groups),
-            "groups_without_signal": sum(len(set(row)) <= 1 for row in rewards),
-            "samples": len(samples),
+            **record,
             "samples_total": self.totals["samples"],
-            "carried_over": len(self.pool.live),
-            "segments_mean": _mean([float(s.segments) for group in groups for s in group.samples]),
-            "staleness_mean": _mean([float(age) for age in ages]),
-            "staleness_max": max(ages, default=0),
-            "generated_tokens": generated,
             "generated_tokens_total": self.totals["response_tokens"],
+            "carried_over": len(self.pool.live),
             "version": self.version,
             "worker_failures": self.workers.failures_total,
             "verifier_kills": self.judges.kills,
             "shaper": self.shaper.metrics(),
         }
-
-    def _keep_record(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        scored: Sequence[PromptGroup],
-        rewards: Sequence[Sequence[float]],
-        advantages: Sequence[Sequence[float]],
-    ) -> None:
-        """Every finished sample, for whoever wants to read or replay the run."""
-        self.recorded(
-            [
-                {
-                    "step": step,
-                    "sample": sample.sample_id,
-                    "group": group.group_id,
-                    "problem": group.number,
-                    "prompt": group.problem.prompt,
-                    "answer": group.problem.answer,
-                    "response": self.decode(sample.ids),
-                    "ids": sample.ids,
-                    "log_probs": [round(logs, 6) for logs in sample.log_probs],
-                    "spans": [[span.start, span.end, span.version] for span in sample.spans],
-                    "finish": sample.finish,
-                    "tokens": len(sample.ids),
-                    "score": one.score,
-                    "correct": one.correct,
-                    "reward": reward,
-                    "advantage": advantage,
-                }
-                for group, of_group, row, gains in zip(groups, scored, rewards, advantages)
-                for sample, one, reward, advantage in zip(group.samples, of_group.samples, row, gains)
-            ]
-        )
 
     def _timed(self, role: str, work: Callable[[], Any]) -> Any:
         began_s = time.perf_counter()
@@ -382,19 +325,11 @@ class RLLoop:
 
 def _heavier(sample: TrainedSample, times: int) -> TrainedSample:
     """Of a step cut into several updates each is a step of its own."""
-    from dataclasses import replace
-
     return sample if times == 1 else replace(sample, weight=sample.weight * times)
 
 
 def _number(what: str, index: int) -> int:
-    import hashlib
-
     return int.from_bytes(hashlib.blake2b(f"{what} {index}".encode(), digest_size=7).digest(), "little")
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
 
 
 def _due(step: int, every: int | None) -> bool:

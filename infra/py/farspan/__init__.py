@@ -47,7 +47,11 @@ _PUBLIC = {
     "Cluster": "farspan.cluster.config",
     "RLJob": "farspan.jobs.config",
     "WarmStart": "farspan.jobs.config",
-    "Arithmetic": "farspan.trainer.rl.tasks.arithmetic",
+    "Arithmetic": "farspan.trainer.rl.tasks",
+    "Prompts": "farspan.trainer.rl.tasks",
+    "Sorting": "farspan.trainer.rl.tasks",
+    "Maze": "farspan.trainer.rl.tasks",
+    "Countdown": "farspan.trainer.rl.tasks",
     "Rollout": "farspan.trainer.rl.config",
     "Reward": "farspan.trainer.rl.config",
     "PolicyLoss": "farspan.trainer.rl.config",
@@ -118,7 +122,7 @@ if TYPE_CHECKING:
         SoftOverlong,
         StopProperly,
     )
-    from farspan.trainer.rl.tasks.arithmetic import Arithmetic
+    from farspan.trainer.rl.tasks import Arithmetic, Countdown, Maze, Prompts, Sorting
 
 __all__ = [
     "SFTJob",
@@ -157,6 +161,10 @@ __all__ = [
     "RLJob",
     "WarmStart",
     "Arithmetic",
+    "Prompts",
+    "Sorting",
+    "Maze",
+    "Countdown",
     "Rollout",
     "Reward",
     "PolicyLoss",

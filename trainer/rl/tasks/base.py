@@ -1,7 +1,7 @@
 """What a task is: numbered problems, a verdict on a response, and demonstrations to start from. Neither torch nor ray.
 
 A problem is decided by its number alone, so nothing has to be stored, and a resumed run goes on with the next one.
-Training and held-out problems never share a prompt: which side a prompt belongs to is decided by a hash of its text.
+Problems to train on, to monitor and to hold out never share a prompt: a hash of its text decides which it is for.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from farspan.schema import Schema
 
-HELD_OUT_OF = 8
-"""One prompt in so many is held out."""
+Side = Literal["train", "monitor", "held_out"]
+ONE_OF = 8
+"""One prompt in so many is held out, and one more is for monitoring."""
 _TRIES = 1000
 
 
@@ -48,10 +49,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of a demonstrated trace; `kind` says what may be dropped together."""
+    """A piece of a demonstrated trace."""
 
     text: str
     kind: str = "work"
+    """What may be left out together."""
+    detail: str = ""
+    """Behind the text, and may be left out alone."""
+    end: str = ""
+    """Behind both."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Demonstration:
 
     @property
     def text(self) -> str:
-        return "".join(step.text for step in self.steps) + self.ending
+        return "".join(f"{step.text}{step.detail}{step.end}" for step in self.steps) + self.ending
 
 
 class Task(Schema):
@@ -72,11 +78,11 @@ class Task(Schema):
     seed: int = 0
     """Of the whole sequence of problems."""
 
-    def problem(self, number: int, *, held_out: bool = False) -> Problem:
-        """The problem of this number, of the training or of the held-out sequence."""
+    def problem(self, number: int, *, side: Side = "train") -> Problem:
+        """The problem of this number, in the sequence of its side."""
         for attempt in range(_TRIES):
-            problem = self.draw(self._random("problem", held_out, number, attempt))
-            if _is_held_out(problem.prompt) == held_out:
+            problem = self.draw(self._random("problem", side, number, attempt))
+            if side_of(problem.prompt) == side:
                 return problem
         raise ValueError(
             f"{type(self).__name__} found no problem {number} in {_TRIES} draws: too few different prompts"
@@ -103,6 +109,7 @@ class Task(Schema):
         return random.Random(repr((type(self).__name__, self.seed, *key)))
 
 
-def _is_held_out(prompt: str) -> bool:
+def side_of(prompt: str) -> Side:
+    """What a prompt is for."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % HELD_OUT_OF == 0
+    return {0: "held_out", 1: "monitor"}.get(int.from_bytes(digest, "little") % ONE_OF, "train")  # type: ignore[return-value]
