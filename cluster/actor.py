@@ -193,9 +193,9 @@ class TrainerActor:
         return None
 
     @ray.method(concurrency_group="train")
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of what is kept; its result, or `Raised`."""
-        result = self._watched(lambda: getattr(self._kept, method)(*arguments))
+        result = self._watched(lambda: getattr(self._kept, method)(*arguments, **options))
         if not isinstance(result, Raised):
             self._reporter.phase("waiting for the driver", planned_s=WAITING_S)
         return result

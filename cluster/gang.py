@@ -104,13 +104,13 @@ class Gang:
         for member, (world, gpus) in zip(self.members, self._worlds()):
             member.training = member.handle.open.remote(spec, world, entry, gpus)
 
-    def call(self, method: str, *arguments: Any) -> None:
+    def call(self, method: str, *arguments: Any, **options: Any) -> None:
         """Have every rank call a method of what it keeps. The last call must have ended; `poll` until none is running,
         then each member's `result` is what it returned."""
         assert not self.running
         for member in self.members:
             member.finished, member.result = False, None
-            member.training = member.handle.call.remote(method, *arguments)
+            member.training = member.handle.call.remote(method, *arguments, **options)
 
     def meet(self, check: Callable[[], None] = lambda: None) -> None:
         """Wait until every actor is up, at most `cluster.wait_s`.

@@ -204,8 +204,8 @@ class _GangTrainer:
     def __init__(self, supervisor: RLSupervisor, gang: Gang) -> None:
         self.supervisor, self.gang = supervisor, gang
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        self.gang.call(method, *arguments)
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        self.gang.call(method, *arguments, **options)
         return self.supervisor._wait(self.gang)
 
     def update(
@@ -213,8 +213,8 @@ class _GangTrainer:
     ) -> dict[str, Any]:
         return dict(self.call("update", samples, log_probs))
 
-    def score(self, samples: Sequence[TrainedSample]) -> dict[str, list[np.ndarray]]:
-        return dict(self.call("score", samples))
+    def score(self, samples: Sequence[TrainedSample], *, reference: bool = False) -> dict[str, list[np.ndarray]]:
+        return dict(self.call("score", samples, reference=reference))
 
     def weights(self) -> Mapping[str, Tensor]:
         return dict(self.call("weights"))

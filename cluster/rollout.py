@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -41,8 +41,9 @@ class WorkerSpec(Schema):
     base: Base
     precision: Precision
     seed: int
-    engine: str
+    engine: Literal["hf", "hf-cb"]
     batch: int
+    cache_tokens: int
     eos_ids: tuple[int, ...]
     vocab: int
     use_gpu: bool
@@ -59,22 +60,22 @@ class RolloutActor:
         """Load the model."""
         import torch
 
-        from farspan.trainer import models
-        from farspan.trainer.rl.rollout.padded import PaddedEngine
+        from farspan.trainer.rl.local import make_engine
 
-        device = torch.device("cuda", 0) if spec.use_gpu else torch.device("cpu")
         assert spec.model.type == "pretrained", "rollouts start from a model in a folder or on the hub"
-        causal = models.load_model(
+        self._engine = make_engine(
             spec.model.id,
             revision=spec.model.revision,
-            dtype=models.DTYPES[spec.precision],
-            device=device,
+            adapter=spec.adapter,
             base=spec.base,
+            precision=spec.precision,
+            seed=spec.seed,
+            device=torch.device("cuda", 0) if spec.use_gpu else torch.device("cpu"),
+            eos_ids=spec.eos_ids,
+            batch=spec.batch,
+            engine=spec.engine,
+            cache_tokens=spec.cache_tokens,
         )
-        causal.set_attn_implementation("sdpa")
-        adapted = models.add_adapter(causal, spec.adapter, seed=spec.seed)
-        trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-        self._engine = PaddedEngine(adapted, trainable, eos_ids=spec.eos_ids, batch=spec.batch)
 
     def load(self, weights: Mapping[str, Tensor], version: int, digest: str) -> int:
         """Take over published weights; returns the version that is served from now on."""

@@ -6,23 +6,23 @@ rollouts. Then come the rollout workers, one bundle each beside the ranks, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farspan.errors import DataError, JobError
+from farspan.errors import JobError
 from farspan.jobs.claim import Claim
 from farspan.jobs.config import RLJob
 from farspan.jobs.facts import Machine, machine, model_facts
 from farspan.jobs.origins import origins_in_python
+from farspan.jobs.policy_tokens import PolicyTokens
 from farspan.jobs.resolve import Resolved, resolve
 from farspan.jobs.run import RunResult, check_resume, check_room, report_of, say, with_plan
 from farspan.jobs.warm_start import policy_of
-from farspan.trainer.config import Model, Rollouts
+from farspan.trainer.config import Rollouts
 from farspan.trainer.rl.config import RLRunSpec, RLSpec
-from farspan.trainer.rl.tasks.base import Problem
 from farspan.trainer.run_folder import RunFolder, write_json
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
     from farspan.jobs.load import Loaded
     from farspan.jobs.plan import Planned
-
-SHOWN_PROBLEMS = 256
-"""Problems whose prompts are measured before anything starts."""
 
 
 def run_rl(
@@ -63,8 +60,9 @@ def run_rl(
         resolved = resolve(trained, facts, _without_workers(job, here), origins)
         resolved, planned = with_plan(resolved, trained, facts, here, console)
         resolved = _on_rollouts(job, resolved)
+        _check_reference(job, resolved)
         check_room(resolved, session)
-        tokens = _Tokens(model)
+        tokens = PolicyTokens(model)
         tokens.check(job)
         if resume:
             check_resume(folder, resolved, console)
@@ -89,19 +87,23 @@ def _check(job: RLJob) -> None:
             why=f"{rollout.segment_tokens} tokens of a segment, {cap} of a response",
             try_=f"--set rollout.segment_tokens={cap}, or leave it out",
         )
-    if job.loss.kl_weight:
-        raise JobError(
-            "a penalty on the distance from the first policy is not computed yet",
-            at="loss.kl_weight",
-            why="it needs log-probabilities of the policy that RL began with",
-            try_="--set loss.kl_weight=0",
-        )
     if job.optim.in_backward:
         raise JobError(
             "an optimizer in backward knows no step of several packs",
             at="optim.in_backward",
             why="samples of a step fill as many packs as they need",
             try_="--set optim.in_backward=false",
+        )
+
+
+def _check_reference(job: RLJob, resolved: Resolved) -> None:
+    """A second model, where the loss needs one, must lie whole on every rank."""
+    if job.loss.kl_weight and resolved.train.zero == 3:
+        raise JobError(
+            "a penalty on the distance from the first policy needs that policy whole on every rank",
+            at="loss.kl_weight",
+            why="ZeRO-3 leaves each rank a shard of a model, and a second one cannot be sharded beside it",
+            try_="--set parallel.zero=2, or --set loss.kl_weight=0",
         )
 
 
@@ -125,45 +127,6 @@ def _on_rollouts(job: RLJob, resolved: Resolved) -> Resolved:
     return replace(resolved, gang=gang)
 
 
-class _Tokens:
-    """Between texts and token ids: the policy's own tokenizer and its chat template, where it has one."""
-
-    def __init__(self, model: Model) -> None:
-        from farspan.trainer.data.tokenizer import load_tokenizer
-
-        self.tokenizer = load_tokenizer(str(Path(model.tokenizer or model.id)))
-        self.chat = self.tokenizer.chat_template is not None
-        self.vocab = len(self.tokenizer)
-        self.eos_ids = (int(self.tokenizer.eos_token_id),)
-        self._of: dict[str, list[int]] = {}
-
-    def encode(self, problem: Problem) -> Sequence[int]:
-        if problem.prompt not in self._of:
-            if self.chat:
-                turns = [{"role": "user", "content": problem.prompt}]
-                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                self._of[problem.prompt] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            else:
-                self._of[problem.prompt] = self.tokenizer(problem.prompt)["input_ids"]
-        return self._of[problem.prompt]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def check(self, job: RLJob) -> None:
-        """Prompts with the longest response must fit into a pack."""
-        lengths = [len(self.encode(job.task.problem(number))) for number in range(SHOWN_PROBLEMS)]
-        needed = max(lengths) + job.rollout.cap
-        if needed > job.context:
-            raise DataError(
-                "a prompt with its response does not fit into a pack",
-                at=f"context = {job.context}",
-                why=f"the longest of {SHOWN_PROBLEMS} prompts has {max(lengths)} tokens, a response up to "
-                f"{job.rollout.cap}: {needed} in all",
-                try_=f"--set context={needed}, or a smaller rollout.cap",
-            )
-
-
 def _describe(job: RLJob) -> str:
     rollout = job.rollout
     segment = rollout.segment_tokens or rollout.cap
@@ -185,7 +148,7 @@ def _write_job(folder: RunFolder, job: RLJob, resolved: Resolved, planned: Plann
 
 
 def _train(
-    job: RLJob, folder: RunFolder, resolved: Resolved, tokens: _Tokens, session: Any, console: Console
+    job: RLJob, folder: RunFolder, resolved: Resolved, tokens: PolicyTokens, session: Any, console: Console
 ) -> RunResult:
     from farspan.cluster.rl import RLSupervisor
     from farspan.cluster.rollout import WorkerSpec
@@ -220,6 +183,7 @@ def _train(
             seed=train.optim.seed,
             engine=rollout.engine,
             batch=rollout.batch,
+            cache_tokens=rollout.cache_tokens,
             eos_ids=tokens.eos_ids,
             vocab=tokens.vocab,
             use_gpu=resolved.gang.use_gpu,

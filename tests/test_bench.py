@@ -101,3 +101,13 @@ def test_every_method_in_one_table(tmp_path: Path) -> None:
     assert states == sorted(states)
     assert cells["bytes/LoRA on nf4"]["weights"] < cells["bytes/LoRA"]["weights"]
     assert "| reversible 3, 3 bits, LoRA |" in out.with_suffix(".md").read_text()
+
+
+def test_rewards_that_know_about_length(tmp_path: Path) -> None:
+    out = toy("rl-rewards", tmp_path)
+    cells = json.loads(out.read_text())
+    assert {"start", "plain/0", "LASER-D/0", "L1-Max/0"} <= cells.keys() and len(cells) == 11
+    for cell in cells.values():
+        assert sum(count for count, _ in cell["by_length"].values()) == 16
+    assert "| LASER-D |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 10_000

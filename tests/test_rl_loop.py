@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from sp_ranks import on_ranks, rl_updates
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.memory.config import Tiles
-from farspan.trainer import models
 from farspan.trainer.config import (
     Checkpoint,
     Evaluate,
@@ -29,11 +28,10 @@ from farspan.trainer.config import (
 )
 from farspan.trainer.rl.batch import TrainedSample, pack_samples, unpack
 from farspan.trainer.rl.config import Mastered, PolicyLoss, Reward, RLEvaluate, RLRunSpec, RLSpec, Rollout
+from farspan.trainer.rl.local import LocalTrainer, LocalWorkers
 from farspan.trainer.rl.loop import RLLoop
 from farspan.trainer.rl.losses import policy_loss
-from farspan.trainer.rl.messages import RolloutJob, Sampling, SegmentResult
 from farspan.trainer.rl.policy import PolicyRank
-from farspan.trainer.rl.rollout.padded import PaddedEngine
 from farspan.trainer.rl.shapers import LaserD, Plain
 from farspan.trainer.rl.state import from_bytes, to_bytes
 from farspan.trainer.rl.tasks.arithmetic import Arithmetic
@@ -83,50 +81,6 @@ def rank(base: str, run_dir: Path, loss: PolicyLoss | None = None, **more: Any) 
     return PolicyRank(spec, World())
 
 
-class Trainer:
-    """A rank of this process."""
-
-    def __init__(self, made: PolicyRank) -> None:
-        self.rank = made
-
-    def update(self, samples: Sequence[TrainedSample], log_probs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        found = self.rank.update(samples, dict(log_probs) if log_probs else None)
-        assert found is not None
-        return found
-
-    def score(self, samples: Sequence[TrainedSample]) -> dict[str, list[np.ndarray]]:
-        found = self.rank.score(samples)
-        assert found is not None
-        return found
-
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        found = self.rank.weights()
-        assert found is not None
-        return found
-
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        self.rank.save(step, to_bytes(dict(state)))
-
-
-class Workers:
-    """One worker of this process."""
-
-    failures_total = 0
-
-    def __init__(self, base: str, adapter: Any = None) -> None:
-        causal = models.load_model(base, revision=None, dtype=torch.float32, device=torch.device("cpu"))
-        causal.set_attn_implementation("sdpa")
-        adapted = models.add_adapter(causal, adapter or FullFineTune(), seed=0)
-        trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-        self.engine = PaddedEngine(adapted, trainable, eos_ids=[EOS], batch=64)
-
-    def generate(self, jobs: Sequence[RolloutJob], sampling: Sampling) -> list[SegmentResult]:
-        return self.engine.generate(jobs, sampling)
-
-    def publish(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        self.engine.load(weights, version)
-
-
 class Digit(Arithmetic):
     """Right is a response whose first character is a 7: learnable in a few steps."""
 
@@ -149,7 +103,8 @@ def loop(base: str, made: PolicyRank, *, steps: int, records: list[Any], kept: l
         evaluate=RLEvaluate(prompts=8), checkpoint_every=more.pop("checkpoint_every", None),
     )  # fmt: skip
     found = RLLoop(
-        spec, trainer=Trainer(made), workers=Workers(base, more.pop("adapter", None)), judges=Judges(),
+        spec, trainer=LocalTrainer(made), judges=Judges(),
+        workers=LocalWorkers(base, eos_ids=[EOS], adapter=more.pop("adapter", None), batch=64),
         encode=lambda problem: list(problem.prompt.encode()),
         decode=lambda ids: "".join(chr(token) for token in ids if token > 1),
         record=records.append, recorded=kept.extend,
@@ -306,3 +261,33 @@ def test_ranks_agree_with_one(base: str, tmp_path: Path, mesh: Mesh, zero: int) 
     assert together[1] == pytest.approx(alone[1], rel=1e-4, abs=1e-6)
     for name, weights in alone[2].items():
         np.testing.assert_allclose(together[2][name], weights, atol=2e-4, err_msg=name)
+
+
+def test_a_penalty_holds_the_policy_near_its_beginning(base: str, tmp_path: Path) -> None:
+    """Responses that it gives with the penalty are likelier under the first policy than those it learns without."""
+    likely: dict[float, float] = {}
+    for weight in (0.0, 2.0):
+        loss = PolicyLoss(kl_weight=weight)
+        kept: list[Any] = []
+        made = rank(base, tmp_path / f"{weight}", loss)
+        first = rank(base, tmp_path / f"{weight} beside", PolicyLoss(kl_weight=1.0))
+        before = first.score(made_samples(), reference=True), first.score(made_samples())
+        for ours, theirs in zip(*(found["log_probs"] for found in before if found is not None), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        loop(base, made, steps=20, records=[], kept=kept, loss=loss).run()
+        last = [sample for sample in kept if sample["step"] > 15]
+        trained = [
+            TrainedSample(
+                list(sample["prompt"].encode()), sample["ids"], 0, np.zeros(sample["tokens"], np.float32), 0.0,
+                np.array(sample["log_probs"], np.float32),
+            )
+            for sample in last
+        ]  # fmt: skip
+        scored = first.score(trained, reference=True)
+        assert scored is not None
+        likely[weight] = float(
+            np.mean([np.sum(np.array(s["log_probs"]) - r) for s, r in zip(last, scored["log_probs"])])
+        )
+        made.close()
+        first.close()
+    assert 0 <= likely[2.0] < 0.5 * likely[0.0], likely

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from farspan.errors import RunFailed
 from farspan.trainer.rl.messages import RolloutJob, Sampling, SegmentResult
+from farspan.trainer.rl.rollout.continuous import ContinuousEngine
 from farspan.trainer.rl.rollout.draw import draw_tokens, uniform
 from farspan.trainer.rl.rollout.padded import PaddedEngine
 
 VOCAB, EOS = 50, 3
 GREEDY = Sampling(temperature=0)
+KINDS = {"hf": PaddedEngine, "hf-cb": partial(ContinuousEngine, cache_tokens=2048)}
 
 
 def model(seed: int = 0) -> Any:
@@ -35,9 +38,9 @@ def model(seed: int = 0) -> Any:
     return made
 
 
-def engine(seed: int = 0) -> PaddedEngine:
+def engine(seed: int = 0, kind: str = "hf") -> Any:
     made = model(seed)
-    return PaddedEngine(made, dict(made.named_parameters()), eos_ids=[EOS])
+    return KINDS[kind](made, dict(made.named_parameters()), eos_ids=[EOS])
 
 
 def job(sample_id: int, prompt: Sequence[int], *, cap: int = 40, budget: int | None = None) -> RolloutJob:
@@ -92,10 +95,12 @@ def test_log_probs_are_those_of_a_fresh_forward(sampling: Sampling) -> None:
         np.testing.assert_allclose(result.log_probs, log_probs.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sampling"), [("hf", GREEDY), ("hf", Sampling(0.9)), ("hf-cb", GREEDY)], ids=["hf", "hf, drawn", "hf-cb"]
+)
 @pytest.mark.parametrize("budget", [1, 5, 13, 40])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9)], ids=str)
-def test_segments_are_one_shot(budget: int, sampling: Sampling) -> None:
-    served, wanted = engine(), jobs()
+def test_segments_are_one_shot(budget: int, kind: str, sampling: Sampling) -> None:
+    served, wanted = engine(kind=kind), jobs()
     whole = served.generate(wanted, sampling)
     parts = in_segments(served, wanted, sampling, budget)
     close = 0
@@ -109,6 +114,29 @@ def test_segments_are_one_shot(budget: int, sampling: Sampling) -> None:
         else:
             assert ids == expected
     assert close <= 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), GREEDY, Sampling(1.3, top_k=10)], ids=str)
+def test_continuous_batching_draws_from_the_model(sampling: Sampling) -> None:
+    """Log-probabilities are a fresh forward's; a call draws the same tokens again, greedy ones as the padded engine."""
+    served, wanted = engine(kind="hf-cb"), jobs()
+    found, again = served.generate(wanted, sampling), served.generate(wanted, sampling)
+    for one, result, repeated in zip(wanted, found, again):
+        assert result.problem_with(one, eos_ids=[EOS], vocab=VOCAB) is None
+        assert result.new_ids.tolist() == repeated.new_ids.tolist()
+        logits = fresh_logits(served.model, one, result.new_ids.tolist()) / (sampling.temperature or 1.0)
+        if sampling.top_k:
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k, 1).values[:, -1:], -torch.inf)
+        ids = torch.from_numpy(result.new_ids).long()[:, None]
+        np.testing.assert_allclose(result.log_probs, torch.log_softmax(logits, 1).gather(1, ids)[:, 0], atol=1e-5)
+    if sampling == GREEDY:
+        assert [r.new_ids.tolist() for r in found] == [r.new_ids.tolist() for r in engine().generate(wanted, GREEDY)]
+    assert served.model.config._attn_implementation == "sdpa", "as it was"
+
+
+def test_a_sample_beyond_the_cache_is_refused_before_it_ends_the_others() -> None:
+    with pytest.raises(RunFailed, match="does not fit into the cache"):
+        engine(kind="hf-cb").generate([job(0, [5] * 2000, cap=100)], GREEDY)
 
 
 def test_a_sample_does_not_depend_on_the_batch() -> None:

@@ -15,21 +15,18 @@ bf16. Seconds are medians of interleaved steps of all methods in one process and
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from _cells_file import Cells
 from _method_run import CPU, LAYERS, SEQUENCES, Run, source_model
 from _methods import METHODS, Method
 from _pretrained import ROWS
@@ -136,33 +133,6 @@ def report(cells: dict[str, Any], steps: int) -> str:
         )
     lines += ["", "`*`: the best rate is the lowest or highest that was tried."]
     return "\n".join(lines) + "\n"
-
-
-class Cells:
-    """What was measured so far, in a file that several processes add to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def add(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a cell that is missing."""
-        if key in self.read():
-            return
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():
-            sys.exit("the command this worker belongs to has ended")
-        found = measure()
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            self.path.write_text(json.dumps({**self.read(), key: found}, indent=1, sort_keys=True) + "\n")
-        finally:
-            os.close(folder)
-        print(f"{key:<50} {json.dumps(found)[:120]}", flush=True)
 
 
 def measure_method(name: str, path: Path, toy: bool) -> None:

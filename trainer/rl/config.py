@@ -105,8 +105,11 @@ class Reward(Schema):
 class Rollout(Schema):
     """How samples are generated."""
 
-    engine: Literal["hf"] = "hf"
-    """`hf`: transformers' `generate`, a padded batch at a time."""
+    engine: Literal["hf", "hf-cb"] = "hf"
+    """`hf`: transformers' `generate`, a padded batch at a time; a token depends on its sample's seed and place alone.
+    `hf-cb`: its continuous batching, for responses of unlike lengths; tokens depend on what else is in a batch."""
+    cache_tokens: Count = Field(default=1 << 16, ge=64)
+    """`hf-cb`: tokens whose keys and values a worker holds."""
     workers: int = Field(default=1, ge=1)
     """Rollout actors."""
     temperature: float = Field(default=1.0, gt=0)

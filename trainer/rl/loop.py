@@ -41,8 +41,8 @@ class PolicyTrainer(Protocol):
     ) -> dict[str, Any]:
         """One optimizer step; its record."""
 
-    def score(self, samples: Sequence[TrainedSample]) -> dict[str, list[np.ndarray]]:
-        """Log-probabilities and entropies of trained tokens."""
+    def score(self, samples: Sequence[TrainedSample], *, reference: bool = False) -> dict[str, list[np.ndarray]]:
+        """Log-probabilities and entropies of trained tokens, now or under the policy that RL began with."""
 
     def weights(self) -> Mapping[str, Tensor]:
         """What trains, by name."""
@@ -155,12 +155,16 @@ class RLLoop:
         found = self._one_shot(problems, number, f"monitor {self.at}", self.sampling)
         return [PromptGroup(samples, index) for index, samples in enumerate(found)]
 
-    def evaluate(self) -> dict[str, Any]:
-        """Accuracy and length on held-out prompts, the same at every evaluation."""
+    def held_out(self) -> list[ScoredSample]:
+        """A response to each held-out prompt, the same prompts and seeds at every evaluation."""
         evaluate = self.spec.evaluate
         problems = [self.spec.task.problem(index, side="held_out") for index in range(evaluate.prompts)]
         sampling = Sampling(self.spec.rollout.temperature if evaluate.sampled else 0.0)
-        samples = [group[0] for group in self._one_shot(problems, 1, "evaluation", sampling)]
+        return [group[0] for group in self._one_shot(problems, 1, "evaluation", sampling)]
+
+    def evaluate(self) -> dict[str, Any]:
+        """Accuracy and length on held-out prompts."""
+        samples = self.held_out()
         judged = [sample for sample in samples if sample.correct is not None]
         return {
             "eval_accuracy": mean([float(bool(sample.correct)) for sample in judged]),
@@ -257,13 +261,15 @@ class RLLoop:
         return trained, advantages
 
     def _update(self, samples: Sequence[TrainedSample]) -> dict[str, Any]:
-        loss, more = self.spec.loss, None
+        loss, more = self.spec.loss, dict[str, list[np.ndarray]]()
         if loss.importance == "decoupled":
-            more = {"old_log_probs": self.trainer.score(samples)["log_probs"]}
+            more["old_log_probs"] = self.trainer.score(samples)["log_probs"]
+        if loss.kl_weight:
+            more["ref_log_probs"] = self.trainer.score(samples, reference=True)["log_probs"]
         parts = [samples[part :: loss.updates] for part in range(min(loss.updates, len(samples)))]
         record: dict[str, Any] = {}
         for part, inside in enumerate(parts):
-            values = None if more is None else {name: found[part :: loss.updates] for name, found in more.items()}
+            values = {name: found[part :: loss.updates] for name, found in more.items()}
             share = len(parts) if loss.updates > 1 else 1
             record = self.trainer.update([_heavier(one, share) for one in inside], values)
         return record

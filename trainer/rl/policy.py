@@ -25,6 +25,7 @@ from farspan.trainer import models
 from farspan.trainer.addresses import PlannedAddresses, planned_arena
 from farspan.trainer.batch import Rows, rows_of
 from farspan.trainer.checkpoint import Checkpointer, checkpoint_group
+from farspan.trainer.config import DensityLoss, FullFineTune
 from farspan.trainer.data.packing import IGNORED_LABEL, Pack
 from farspan.trainer.engine import make_engine
 from farspan.trainer.engine_bits import BitsEngine
@@ -64,6 +65,7 @@ class PolicyRank:
         bits = start.learned_bits(self.module)
         start.self_test(self.module, bits)
         start.adapter(self.module)
+        self.reference = self._frozen() if spec.loss.kl_weight else None
         self.engine = make_engine(
             self.module,
             trainable,
@@ -155,16 +157,22 @@ class PolicyRank:
         return record if self.grid.rank == 0 else None
 
     @torch.no_grad()
-    def score(self, samples: Sequence[TrainedSample]) -> dict[str, list[np.ndarray]] | None:
-        """Log-probabilities and entropies of the samples' trained tokens under the weights of now, float32."""
+    def score(self, samples: Sequence[TrainedSample], *, reference: bool = False) -> dict[str, list[np.ndarray]] | None:
+        """Log-probabilities and entropies of the samples' trained tokens, float32.
+
+        Args:
+            reference: under the weights that RL began with, not those of now; there with `loss.kl_weight` alone.
+        """
         packs = pack_samples(samples, context=self.train.data.context)
         found: list[tuple[np.ndarray, np.ndarray]] = []
+        module = self.reference if reference else self.engine.module
+        assert module is not None
         self.module.eval()
         with self.clock.part("score"):
             for pack in self._share(packs):
                 rows, _ = self._rows(pack)
                 objective = ScoreOnly(self.spec.temperature)
-                self.engine.module(rows.input_ids, rows.labels, rows.position_ids, rows.sequence, objective)
+                module(rows.input_ids, rows.labels, rows.position_ids, rows.sequence, objective)
                 assert objective.log_probs is not None and objective.entropies is not None
                 found.append((objective.log_probs.float().cpu().numpy(), objective.entropies.float().cpu().numpy()))
         self.module.train()
@@ -208,6 +216,12 @@ class PolicyRank:
         for part in ("checkpointer", "engine", "tiers"):
             if getattr(self, part, None) is not None:
                 getattr(self, part).close()
+
+    def _frozen(self) -> models.CausalLMLoss:
+        """The policy that RL begins with, which stays."""
+        plain = {"adapter": FullFineTune(), "placement": None, "tiers": None, "density": DensityLoss()}
+        module, _ = models.build(self.train.model_copy(update=plain), self.grid.device)
+        return module.requires_grad_(False).eval()
 
     def _share(self, packs: Sequence[PolicyPack]) -> list[PolicyPack]:
         """Packs of this dp group, as many for each: every rank takes part in every gather of weights."""
