@@ -14,6 +14,7 @@ from typing import Any
 
 from farspan.jobs.measured import MISS
 from farspan.jobs.progress import clock, number, size, timed_parts
+from farspan.jobs.report import rl_charts
 from farspan.jobs.report.charts import MAX_POINTS, Chart, Kind, Series, thinned, trailing_mean
 from farspan.jobs.report.collect import RunFacts, collect, visible
 from farspan.jobs.report.page import render_page, value_text
@@ -75,6 +76,15 @@ def make_charts(run: RunFacts) -> list[Chart]:
     """All charts that have data, in the order of the page."""
     records = run.records
     steps = (float(records[0]["step"]), float(records[-1]["step"]))
+    if rl_charts.is_rl(records):
+        split = rl_charts.waiting(records)
+        roles = _stack("waiting", "Who is at work", records, split, rl_charts.ROLES, rl_charts.ROLES.index)
+        along = [*rl_charts.over_steps(records), roles, _rate_chart(records), _memory_chart(records)]
+        along += [
+            Chart("grad_norm", "Gradient norm", "before clipping", _series(records, "grad_norm", "norm", 0), True)
+        ]
+        first, *rest = [dataclasses.replace(chart, steps=steps) for chart in along if chart.series]
+        return [first, rl_charts.front(records), *rest]
     charts = [
         _loss_chart(run),
         _rate_chart(records),
@@ -179,6 +189,8 @@ def _series(
 
 def headline(run: RunFacts) -> str:
     """What came of it, in one sentence."""
+    if rl_charts.is_rl(run.records):
+        return rl_charts.headline(run.records)
     last = run.records[-1]
     held_out = [value for record in run.records if (value := _finite(record.get("eval_loss"))) is not None]
     train = _finite(last.get("loss"))
