@@ -56,7 +56,10 @@ def render(run: RunFacts) -> str:
         "template.html",
         styles=("report.css",),
         script="report.js",
-        data={"charts": [chart.data() for chart in charts], "marks": [x for x, _ in run.restarts]},
+        data={
+            "charts": [chart.data() for chart in charts if chart.x_unit == "step"],
+            "marks": [x for x, _ in run.restarts],
+        },
         title=run.name,
         run=run,
         headline=headline(run),

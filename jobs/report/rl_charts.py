@@ -34,7 +34,7 @@ def front(records: Records) -> Chart:
     if held_out:
         x = [number(record["eval_response_tokens"]) for record in held_out]
         series.append(Series("front_held_out", "held out", "dots", x, _percent(held_out, "eval_accuracy"), 1))
-    return Chart("front", "Right answers against length", "%", series, x_unit="tokens of a response")
+    return Chart("front", "Right answers against length", "%", series, x_unit="tokens")
 
 
 def over_steps(records: Records) -> list[Chart]:
