@@ -24,21 +24,19 @@ from farspan import (
 
 job = RLJob(
     name="reason-rl",
-    model=RandomModel(
-        family="llama", hidden=128, layers=3, heads=4, kv_heads=4, ffn=512, vocab=260, rope_theta=10_000.0
-    ),
-    task=Arithmetic(),
+    model=RandomModel(family="llama", hidden=96, layers=2, heads=4, kv_heads=4, ffn=384, vocab=260, rope_theta=1000.0),
+    task=Arithmetic(steps=(3, 3)),
     warm_start=WarmStart(
-        examples="32k",
-        context="4k",
-        optim=Optim(lr=3e-3, steps=400, tokens_per_step="8k", seed=0),
-        parallel=Parallel(sp=1, dp=2),
+        examples=32_000,
+        context="1k",
+        optim=Optim(lr=3e-3, steps=1500, weight_decay=0.01),
+        parallel=Parallel(sp=1, dp=1),
     ),
     precision="fp32",
-    rollout=Rollout(cap=192, group_size=8, prompts_per_step=32),
-    reward=Reward(shaper=LaserD(lower=4, step=4), monitor_every=10),
+    rollout=Rollout(cap=96, group_size=8, prompts_per_step=32),
+    reward=Reward(shaper=LaserD(lower=20, step=4), monitor_every=10),
     loss=PolicyLoss(aggregation="dapo"),
-    context="4k",
+    context="2k",
     parallel=Parallel(sp=1, dp=1),
     optim=Optim(lr=2e-4, steps=80, warmup_steps=5),
     evaluate=RLEvaluate(prompts=4096),

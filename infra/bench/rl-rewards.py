@@ -57,8 +57,8 @@ from farspan.trainer.world import World
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
-TARGET = 28
-"""Tokens: where targets begin, one above the longest response in short."""
+TARGET = 20
+"""Tokens: where targets begin, just above a response in short."""
 SHAPERS: dict[str, Shaper] = {
     "plain": Plain(),
     "LASER": Laser(target=TARGET),
@@ -69,7 +69,7 @@ SHAPERS: dict[str, Shaper] = {
     "cosine": Cosine(margin=0),
     "Kimi": Kimi(),
     "L1-Max": L1Max(alpha=0.01, otherwise=TARGET),
-    "DAPO overlong": SoftOverlong(buffer=100),
+    "DAPO overlong": SoftOverlong(buffer=48),
 }
 
 
@@ -83,7 +83,7 @@ def small(job: RLJob) -> RLJob:
         update={
             "warm_start": warm,
             "optim": job.optim.model_copy(update={"steps": 2, "warmup_steps": 1}),
-            "rollout": job.rollout.model_copy(update={"prompts_per_step": 2, "group_size": 4, "cap": 48}),
+            "rollout": job.rollout.model_copy(update={"prompts_per_step": 2, "group_size": 4, "cap": 64}),
             "evaluate": job.evaluate.model_copy(update={"prompts": 16}),
             "reward": job.reward.model_copy(update={"monitor_prompts": 2}),
         }
