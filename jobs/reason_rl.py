@@ -25,11 +25,11 @@ from farspan import (
 job = RLJob(
     name="reason-rl",
     model=RandomModel(family="llama", hidden=96, layers=2, heads=4, kv_heads=4, ffn=384, vocab=260, rope_theta=1000.0),
-    task=Arithmetic(steps=(3, 3)),
+    task=Arithmetic(steps=(3, 3), full=0.5, short=0.45),
     warm_start=WarmStart(
-        examples=32_000,
+        examples=48_000,
         context="1k",
-        optim=Optim(lr=3e-3, steps=1500, weight_decay=0.01),
+        optim=Optim(lr=3e-3, steps=3000, weight_decay=0.01),
         parallel=Parallel(sp=1, dp=1),
     ),
     precision="fp32",
@@ -38,6 +38,6 @@ job = RLJob(
     loss=PolicyLoss(aggregation="dapo"),
     context="2k",
     parallel=Parallel(sp=1, dp=1),
-    optim=Optim(lr=2e-4, steps=80, warmup_steps=5),
+    optim=Optim(lr=2e-4, steps=200, warmup_steps=5),
     evaluate=RLEvaluate(prompts=4096),
 )
