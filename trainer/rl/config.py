@@ -70,8 +70,8 @@ class PolicyLoss(Schema):
     ratio_cap: float | None = Field(default=None, gt=1)
     """No ratio counts more, where the loss would take any."""
     importance: Literal["pois", "sais", "decoupled"] = "pois"
-    """The policy that ratios are taken against: the one that trains, so that every ratio of the first update is 1
-    (UloRL's POIS); that which generated each token (SAIS); or the one at the beginning of the step, with truncated
+    """The policy that ratios are taken against: the one that trains, so that every ratio is 1 and nothing is clipped
+    (UloRL's POIS, there is one update a step); that which generated each token (SAIS); or the one at the beginning of the step, with truncated
     weights for tokens that an older one generated."""
     weight_cap: float = Field(default=2.0, gt=0)
     """`decoupled`: most that such a weight may be."""
@@ -85,8 +85,6 @@ class PolicyLoss(Schema):
     truncated: Literal["wrong", "filter", "keep"] = "wrong"
     """A sample that was cut off at the cap counts as wrong whatever it says; takes part in its group's mean and is not
     trained on; or keeps its verdict."""
-    updates: int = Field(default=1, ge=1)
-    """Optimizer steps on the samples of one step, each on a part of them."""
 
 
 class Reward(Schema):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -125,7 +124,7 @@ class RLLoop:
         return last
 
     def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step, or more with `loss.updates`."""
+        """One round of all that, with one optimizer step where a sample has an advantage."""
         if self.shaper.wants_monitor and (step - 1) % self.spec.reward.monitor_every == 0:
             self.shaper.observe(self.monitor())
         for _ in range(self.pool.room()):
@@ -266,13 +265,7 @@ class RLLoop:
             more["old_log_probs"] = self.trainer.score(samples)["log_probs"]
         if loss.kl_weight:
             more["ref_log_probs"] = self.trainer.score(samples, reference=True)["log_probs"]
-        parts = [samples[part :: loss.updates] for part in range(min(loss.updates, len(samples)))]
-        record: dict[str, Any] = {}
-        for part, inside in enumerate(parts):
-            values = {name: found[part :: loss.updates] for name, found in more.items()}
-            share = len(parts) if loss.updates > 1 else 1
-            record = self.trainer.update([_heavier(one, share) for one in inside], values)
-        return record
+        return self.trainer.update(samples, more)
 
     def _one_shot(
         self, problems: Sequence[Problem], number: int, what: str, sampling: Sampling
@@ -327,11 +320,6 @@ class RLLoop:
             return work()
         finally:
             self.waited_s[role] = self.waited_s.get(role, 0.0) + time.perf_counter() - began_s
-
-
-def _heavier(sample: TrainedSample, times: int) -> TrainedSample:
-    """Of a step cut into several updates each is a step of its own."""
-    return sample if times == 1 else replace(sample, weight=sample.weight * times)
 
 
 def _number(what: str, index: int) -> int:
