@@ -23,7 +23,7 @@ from farspan.cluster.placement import bundles_by_node
 from farspan.cluster.rollout import RolloutWorkers, WorkerSpec
 from farspan.cluster.session import Session
 from farspan.cluster.supervisor import POLL_S, Supervisor
-from farspan.errors import FarspanError
+from farspan.errors import FarspanError, RunFailed
 from farspan.trainer.metrics import MetricsWriter
 from farspan.trainer.rl.batch import TrainedSample
 from farspan.trainer.rl.config import RLRunSpec, RLSpec
@@ -77,6 +77,10 @@ class RLSupervisor(Supervisor):
         self.workers: RolloutWorkers | None = None
         self.judges: VerifierPool | None = None
         self.writer: MetricsWriter | None = None
+
+    @property
+    def samples(self) -> Path:
+        return self.folder.root / SAMPLES
 
     def _start(self, gang: Gang, group: Any) -> None:
         spec = gang.spec
@@ -165,7 +169,7 @@ class RLSupervisor(Supervisor):
             config=self.run_spec.model_dump(mode="json"),
             restored_step=step or None,
         )
-        path = self.folder.root / SAMPLES
+        path = self.samples
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -194,8 +198,16 @@ class RLSupervisor(Supervisor):
         self.journal.still_running(record["step"])
 
     def _recorded(self, samples: Sequence[dict[str, Any]]) -> None:
-        with open(self.folder.root / SAMPLES, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        try:
+            with open(self.samples, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        except OSError as error:
+            raise RunFailed(
+                "the samples of a step cannot be written",
+                at=str(self.samples),
+                why=str(error),
+                try_="free space there; `farspan run JOB --resume` goes on from the last complete checkpoint",
+            ) from error
 
 
 class _GangTrainer:

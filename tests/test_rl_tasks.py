@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farspan.errors import RunFailed
 from farspan.trainer.rl.tasks.arithmetic import Arithmetic
 from farspan.trainer.rl.tasks.base import Problem, Verdict
 from farspan.trainer.rl.verify import CRASHED, KILLED, VerifierPool
@@ -93,6 +94,26 @@ def test_a_verifier_that_hangs_costs_its_sample() -> None:
         assert found[:5] == [Verdict(1.0, True), KILLED, Verdict(0.0, False, False), CRASHED, CRASHED]
         assert found[5:] == [Verdict(1.0, True)] * 40
         assert (pool.kills, pool.crashes) == (1, 1) and time.monotonic() - began_s < 60
+        for judge in pool._judges:  # between two calls, as the kernel does for want of memory
+            judge.process.kill()
+            judge.process.join()
         assert pool.judge([(problem, good)] * 3) == [Verdict(1.0, True)] * 3
     finally:
         pool.close()
+
+
+class Unborn(Arithmetic):
+    """Ends every process that it is sent to."""
+
+    type: Literal["arithmetic"] = "arithmetic"
+
+    def __setstate__(self, state: object) -> None:
+        os._exit(7)
+
+
+def test_processes_that_never_start_end_the_run() -> None:
+    pool = VerifierPool(Unborn(), processes=1)
+    with pytest.raises(RunFailed, match="do not start") as caught:
+        pool.judge([(Arithmetic().problem(0), "#1")])
+    assert "code 7" in caught.value.why
+    pool.close()

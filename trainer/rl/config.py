@@ -71,8 +71,8 @@ class PolicyLoss(Schema):
     """No ratio counts more, where the loss would take any."""
     importance: Literal["pois", "sais", "decoupled"] = "pois"
     """The policy that ratios are taken against: the one that trains, so that every ratio is 1 and nothing is clipped
-    (UloRL's POIS, there is one update a step); that which generated each token (SAIS); or the one at the beginning of the step, with truncated
-    weights for tokens that an older one generated."""
+    (UloRL's POIS; there is one update a step); that which generated each token (SAIS); or the one at the beginning of
+    the step, with truncated weights for tokens that an older one generated."""
     weight_cap: float = Field(default=2.0, gt=0)
     """`decoupled`: most that such a weight may be."""
     scale: Literal["group", "batch", "none", "auto"] = "auto"

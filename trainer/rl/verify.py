@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from farspan.errors import RunFailed
 from farspan.trainer.rl.tasks.base import Problem, Task, Verdict
 
 KILLED, CRASHED = Verdict(0.0, None, False, {"killed": 1.0}), Verdict(0.0, None, False, {"crashed": 1.0})
-START_S = 60.0
-"""Longest that a process may take to be up."""
+START_S, STARTS = 60.0, 3
+"""Longest that a process may take to be up, and how many may fail to in a row."""
 
 Item = tuple[Problem, str]
 
@@ -51,6 +52,8 @@ class VerifierPool:
     """Processes that were killed since the start."""
     crashes: int = 0
     _judges: list[_Judge] = field(default_factory=list)
+    _failed_starts: int = 0
+    """In a row."""
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts in the order of the items; those that were killed or crashed have `correct=None`."""
@@ -59,12 +62,15 @@ class VerifierPool:
         while len(found) < len(items):
             while len(self._judges) < min(self.processes, len(items)):
                 self._judges.append(self._start())
-            for judge in self._judges:
+            for judge in list(self._judges):
                 if judge.ready and judge.current is None and waiting:
-                    self._give(judge, waiting.pop(), items)
+                    if self._give(judge, waiting[-1], items):
+                        waiting.pop()
+                    else:  # it died between two calls
+                        self._give_up(judge, found, CRASHED)
             now_s = time.monotonic()
-            left_s = min(judge.deadline_s for judge in self._judges if not judge.ready or judge.current is not None)
-            heard = wait([judge.pipe for judge in self._judges], timeout=max(0.0, left_s - now_s))
+            busy = [judge.deadline_s for judge in self._judges if not judge.ready or judge.current is not None]
+            heard = wait([judge.pipe for judge in self._judges], timeout=max(0.0, min(busy, default=now_s) - now_s))
             for judge in list(self._judges):
                 if judge.pipe in heard:
                     self._hear(judge, found)
@@ -88,21 +94,22 @@ class VerifierPool:
         theirs.close()
         return _Judge(process, ours, deadline_s=time.monotonic() + START_S)
 
-    def _give(self, judge: _Judge, index: int, items: Sequence[Item]) -> None:
+    def _give(self, judge: _Judge, index: int, items: Sequence[Item]) -> bool:
+        """False: nobody is there to take it."""
+        try:
+            judge.pipe.send(items[index])
+        except OSError:
+            return False
         judge.current, judge.deadline_s = index, time.monotonic() + self.limit_s
-        judge.pipe.send(items[index])
+        return True
 
     def _hear(self, judge: _Judge, found: dict[int, Verdict]) -> None:
         try:
             said = judge.pipe.recv()
         except (EOFError, OSError):
-            if not judge.ready:
-                raise RuntimeError(
-                    f"a verifier process ended with code {judge.process.exitcode} at its start"
-                ) from None
             return self._give_up(judge, found, CRASHED)
         if not judge.ready:
-            judge.ready = True
+            judge.ready, self._failed_starts = True, 0
             return None
         assert judge.current is not None
         found[judge.current], judge.current = said, None
@@ -114,6 +121,16 @@ class VerifierPool:
         judge.process.join()
         judge.pipe.close()
         self._judges.remove(judge)
+        if not judge.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= STARTS:
+                raise RunFailed(
+                    "verifier processes do not start",
+                    at=f"task {type(self.task).__name__}",
+                    why=f"{STARTS} in a row ended, the last with code {judge.process.exitcode}, or were not up in "
+                    f"{START_S:g} s",
+                    try_="look at the memory of this machine, and at what the verifier's module imports",
+                )
         if judge.current is not None:
             found[judge.current] = verdict
             self.kills += verdict is KILLED

@@ -7,6 +7,7 @@ in a process that may be killed (`trainer.rl.verify`), so it may take long or cr
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -138,7 +139,9 @@ class Program(Schema):
             return Verdict(0.0, False, well_formed=False)
         with tempfile.TemporaryDirectory(prefix="farspan-program-") as folder:
             file = Path(folder) / "answer.py"
-            file.write_text(f"{_LIMITS}\n{code}\n{problem.answer}\n", encoding="utf-8")
+            file.write_text(
+                f"{_LIMITS.format(cpu_s=math.ceil(self.limit_s) + 1)}\n{code}\n{problem.answer}\n", encoding="utf-8"
+            )
             try:
                 done = subprocess.run(
                     [sys.executable, "-I", "-S", str(file)],
@@ -246,6 +249,7 @@ def _expression(text: str) -> Any:
 
 _LIMITS = f"""import resource
 resource.setrlimit(resource.RLIMIT_AS, ({PROGRAM_MEMORY_BYTES}, {PROGRAM_MEMORY_BYTES}))
+resource.setrlimit(resource.RLIMIT_CPU, ({{cpu_s}}, {{cpu_s}}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 del resource"""
