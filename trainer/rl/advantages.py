@@ -109,22 +109,28 @@ def gae(
     done = torch.as_tensor(finished, device=device).expand(count)
     inside = torch.arange(length, device=device) < lengths[:, None]
     last = (lengths - 1)[:, None]
-    if bool(done.all()):
-        behind_N = torch.zeros(count, dtype=torch.float64, device=device)
-    elif bootstrap == "repeat":
-        if gamma != 1.0:
-            raise ValueError(f"an unfinished sample needs gamma = 1, not {gamma:g}: its last value stands for the next")
-        behind_N = values.gather(1, last)[:, 0]
-    elif next_values_N is None:
-        raise ValueError("bootstrap='value' needs next_values_N, the values behind unfinished samples")
-    else:
-        behind_N = next_values_N.double()
+    behind_N = values.new_zeros(count)
+    if not bool(done.all()):
+        behind_N = _values_behind(values.gather(1, last)[:, 0], next_values_N, bootstrap, gamma)
     following = torch.cat([values[:, 1:], values.new_zeros(count, 1)], 1)
     following.scatter_(1, last, torch.where(done, 0.0, behind_N)[:, None])
     delta = torch.where(inside, rewards + gamma * following - values, 0.0)
     advantages = torch.where(inside, _discounted_sums(delta, gamma * lam), 0.0)
     returns = torch.where(inside, advantages + values, 0.0)
     return advantages.to(values_NT.dtype), returns.to(values_NT.dtype)
+
+
+def _values_behind(
+    last_N: Tensor, next_values_N: Tensor | None, bootstrap: Literal["repeat", "value"], gamma: float
+) -> Tensor:
+    """V_l of unfinished samples, float64 [N]."""
+    if bootstrap == "repeat":
+        if gamma != 1.0:
+            raise ValueError(f"an unfinished sample needs gamma = 1, not {gamma:g}: its last value stands for the next")
+        return last_N
+    if next_values_N is None:
+        raise ValueError("bootstrap='value' needs next_values_N, the values behind unfinished samples")
+    return next_values_N.double()
 
 
 def _discounted_sums(delta_NT: Tensor, factor: float) -> Tensor:
