@@ -78,7 +78,8 @@ class PolicyLoss(Schema):
     scale: Literal["group", "batch", "none", "auto"] = "auto"
     """What advantages are divided by. `auto`: the group's deviation, with `dr_grpo` nothing."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Of a penalty on the distance from the policy that RL began with."""
+    """Of a penalty on the distance from the policy that RL began with, of which every rank then holds a frozen copy;
+    the memory plan does not count it."""
     entropy_weight: float = Field(default=0.0, ge=0)
     """Of a bonus for entropy."""
     mastered: Mastered | None = None
